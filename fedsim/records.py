@@ -1,0 +1,166 @@
+"""The small frozen records that travel between layers. No behaviour beyond what follows from the fields."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+Params = dict[str, Tensor]
+Indices = npt.NDArray[np.int64]
+
+
+class Examples(NamedTuple):
+    """Inputs and labels with one leading axis.
+
+    inputs: (n, *input_shape), float32 features or images, or int64 tokens.
+    labels: (n,) int64 classes, or (n, time) int64 for one class per position.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        raise TypeError("len() of Examples would count its two fields; use .count")
+
+    @property
+    def count(self) -> int:
+        """Number of examples."""
+        return int(self.labels.shape[0])
+
+    def take(self, indices: Tensor) -> "Examples":
+        """The examples at ``indices`` (int64), copied."""
+        return Examples(self.inputs.index_select(0, indices), self.labels.index_select(0, indices))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Everything one dataset provides.
+
+    train, test: examples; ``test`` is None where the dataset has no test set of its own, and a part of ``train`` is
+        then held out.
+    num_classes: labels lie in [0, num_classes).
+    columns: id columns for the natural split: name -> int64 array (train.count,); ids in [0, number of owners).
+    test_columns: the same for ``test``; ids mean the same owners.
+    class_names: for tables and plots, in label order; empty if unknown.
+    """
+
+    name: str
+    train: Examples
+    test: Examples | None
+    num_classes: int
+    columns: Mapping[str, Indices] = field(default_factory=dict)
+    test_columns: Mapping[str, Indices] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Who holds which example, in compressed rows: client k holds ``indices[offsets[k]:offsets[k + 1]]``.
+
+    offsets: int64 (clients + 1,), ascending from 0.
+    indices: int64 (n,), no index twice. A split that uses only a part of the data leaves the rest out.
+    noise_std: float32 (clients,) or None: standard deviation of the Gaussian noise on each client's inputs.
+    """
+
+    offsets: Indices
+    indices: Indices
+    noise_std: npt.NDArray[np.float32] | None = None
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients."""
+        return len(self.offsets) - 1
+
+    def sizes(self) -> Indices:
+        """Examples per client: int64 (clients,)."""
+        return np.diff(self.offsets)
+
+    def client(self, k: int) -> Indices:
+        """Indices that client k holds (a view)."""
+        return self.indices[self.offsets[k] : self.offsets[k + 1]]
+
+    def owners(self) -> Indices:
+        """Client of each entry of ``indices``: int64 (n,)."""
+        return np.repeat(np.arange(self.num_clients, dtype=np.int64), self.sizes())
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """Server to client. ``extra`` is what a server rule wants every client to have, empty for most."""
+
+    params: Params
+    buffers: Params
+    extra: Params
+    round: int
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """Client to server. ``update`` = local - global; ``buffers`` are the client's own after training."""
+
+    client: int
+    update: Params
+    buffers: Params
+    num_examples: int
+    metrics: dict[str, float]
+    state: Params
+
+
+@dataclass(frozen=True)
+class CohortUpdate:
+    """What an engine returns for one round: the aggregate, not the single updates.
+
+    update, buffers: the aggregator's result; None when no client contributed.
+    clients: who contributed, ascending. num_examples: of each.
+    skipped: clients whose update was not finite and that ``on_nan: skip`` left out.
+    metrics: means over the contributing clients, weighted by examples.
+    states: new state of each client that keeps one.
+    bytes_up, bytes_down: serialised by the codec in use, all clients of the round together.
+    """
+
+    update: Params | None
+    buffers: Params | None
+    clients: tuple[int, ...]
+    num_examples: tuple[int, ...]
+    skipped: tuple[int, ...]
+    metrics: dict[str, float]
+    states: dict[int, Params]
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True)
+class ClientEvaluation:
+    """One line of clients.jsonl."""
+
+    round: int
+    client: int
+    num_examples: int
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One line of rounds.jsonl. ``loss`` and ``accuracy`` are on held-out data, None in rounds without evaluation.
+
+    clients: number of clients that contributed. seconds: wall time of the round with its evaluation.
+    client_accuracy_*: over clients with held-out examples; ``_p10`` is the mean of the worst tenth.
+    """
+
+    round: int
+    loss: float | None
+    accuracy: float | None
+    train_loss: float | None
+    clients: int
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+    epsilon: float | None = None
+    client_accuracy_mean: float | None = None
+    client_accuracy_std: float | None = None
+    client_accuracy_p10: float | None = None
+    skipped: tuple[int, ...] = ()

@@ -1,0 +1,184 @@
+"""Keys and draws: the only source of randomness in fedsim.
+
+A *key* is 64 bits, as an ``int`` in Python code and as an int64 tensor of any shape in tensor code. It is made from
+a path, ``fold(seed, "round", 3, "client", 17, "step", 40)``, and a draw is a pure function of a key and a counter, so
+it is the same under ``torch.func.vmap``, in a worker process, on another machine and after a resume.
+
+Draw ``i`` of key ``k`` is output ``i`` of the SplitMix64 generator started at ``k``: ``mix(k + (i + 1) * GOLDEN)``.
+Keys are folded with another finaliser (Murmur3's), so that a folded key is never one of its parent's draws.
+Nothing here is secret or unpredictable: cryptography takes its randomness from ``secrets``.
+
+Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", OOPSLA, figure 17 (mix and GOLDEN).
+    Differs: keys are folded along a path; the published ``split`` draws a new increment instead.
+"""
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_SPLITMIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), 31)  # shift, multiplier; shift, multiplier; shift
+_MURMUR = ((33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53), 33)
+_Constants = tuple[tuple[int, int], tuple[int, int], int]
+
+
+def _signed(bits: int) -> int:
+    """The int64 with these 64 bits."""
+    return bits - (1 << 64) if bits >> 63 else bits
+
+
+def _mix_int(z: int, constants: _Constants) -> int:
+    (s1, m1), (s2, m2), s3 = constants
+    z = ((z ^ (z >> s1)) * m1) & _MASK
+    z = ((z ^ (z >> s2)) * m2) & _MASK
+    return z ^ (z >> s3)
+
+
+def _mix_tensor(z: Tensor, constants: _Constants) -> Tensor:
+    (s1, m1), (s2, m2), s3 = constants
+    z = (z ^ _shift(z, s1)) * _signed(m1)
+    z = (z ^ _shift(z, s2)) * _signed(m2)
+    return z ^ _shift(z, s3)
+
+
+def _shift(z: Tensor, by: int) -> Tensor:
+    """Logical right shift; torch's ``>>`` on int64 copies the sign bit."""
+    return (z >> by) & ((1 << (64 - by)) - 1)
+
+
+def _word(part: int | str) -> int:
+    """64 bits for one element of a path."""
+    if isinstance(part, str):
+        return int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "little")
+    return int(part) & _MASK
+
+
+def fold(key: int, *path: int | str) -> int:
+    """The key at ``path`` below ``key``.
+
+    ``fold(k, a, b) = fold(fold(k, a), b)``; each step is ``mix(k ^ mix(word(a) + GOLDEN))`` modulo 2^64.
+
+    Args:
+        key: a key, or a run's seed (any integer; taken modulo 2^64).
+        path: integers (modulo 2^64) and names. Order matters.
+
+    Returns:
+        A key in [0, 2^64).
+
+    >>> fold(7, "round", 3) == fold(fold(7, "round"), 3)
+    True
+    """
+    for part in path:
+        key = _mix_int((key & _MASK) ^ _mix_int((_word(part) + _GOLDEN) & _MASK, _MURMUR), _MURMUR)
+    return key & _MASK
+
+
+def fold_tensor(key: Tensor, part: int | str | Tensor) -> Tensor:
+    """One step of :func:`fold` in tensor arithmetic.
+
+    Args:
+        key: int64 tensor, any shape.
+        part: a name, an integer, or an int64 tensor that broadcasts against ``key``.
+
+    Returns:
+        Int64 tensor of the broadcast shape, bit-equal to ``fold`` of each pair.
+    """
+    if isinstance(part, Tensor):
+        folded = _mix_tensor(part + _signed(_GOLDEN), _MURMUR)
+        return _mix_tensor(key ^ folded, _MURMUR)
+    return _mix_tensor(key ^ _signed(_mix_int((_word(part) + _GOLDEN) & _MASK, _MURMUR)), _MURMUR)
+
+
+def as_tensor(key: int, device: torch.device | str = "cpu") -> Tensor:
+    """The key as an int64 tensor of shape ()."""
+    return torch.tensor(_signed(key & _MASK), dtype=torch.int64, device=device)
+
+
+def bits(key: Tensor | int, *shape: int) -> Tensor:
+    """64 random bits per element.
+
+    Args:
+        key: int64 tensor of shape () (batch it with ``torch.func.vmap``), or an ``int`` key.
+        shape: of the result. Element ``i`` in row-major order is draw ``i``, whatever the shape.
+
+    Returns:
+        Int64 tensor of ``shape``, uniform over all 2^64 values.
+    """
+    key = as_tensor(key) if isinstance(key, int) else key
+    counter = torch.arange(1, math.prod(shape) + 1, dtype=torch.int64, device=key.device)
+    return _mix_tensor(key + counter * _signed(_GOLDEN), _SPLITMIX).reshape(shape)
+
+
+def uniform(key: Tensor | int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uniform on [0, 1): the top 24 (float32) or 53 (float64) bits of each draw, over 2^24 or 2^53.
+
+    Args:
+        key: as in :func:`bits`.
+        shape: of the result.
+        dtype: float32 or float64.
+
+    Returns:
+        Tensor of ``shape``; never 1.0.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be float32 or float64, got {dtype}")
+    kept = 24 if dtype == torch.float32 else 53
+    return _shift(bits(key, *shape), 64 - kept).to(dtype) * 2.0**-kept
+
+
+def bernoulli(key: Tensor | int, p: float | Tensor, *shape: int) -> Tensor:
+    """Boolean tensor of ``shape``, true with probability ``p`` in [0, 1] (exact to 2^-24)."""
+    return uniform(key, *shape) < p
+
+
+def normal(key: Tensor | int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal draws by Box-Muller: ``sqrt(-2 ln(1 - u)) cos(2 pi v)``.
+
+    Computed in float64 and rounded, so the tails reach 8.5 standard deviations in either dtype.
+
+    Args:
+        key: as in :func:`bits`.
+        shape: of the result.
+        dtype: float32 or float64.
+
+    Returns:
+        Tensor of ``shape``.
+    """
+    u = uniform(key, 2, *shape, dtype=torch.float64)
+    return (torch.sqrt(-2.0 * torch.log1p(-u[0])) * torch.cos(2.0 * math.pi * u[1])).to(dtype)
+
+
+def permutation(key: Tensor | int, n: int) -> Tensor:
+    """A uniform random order of ``range(n)``: int64 tensor (n,). Sorts 64-bit draws; ties have odds n^2 / 2^65."""
+    return torch.argsort(bits(key, n), stable=True)
+
+
+def choice(key: Tensor | int, n: int, k: int) -> Tensor:
+    """``k`` of ``range(n)`` without replacement, ascending: int64 tensor (k,).
+
+    Raises:
+        ValueError: k is not in [0, n].
+    """
+    if not 0 <= k <= n:
+        raise ValueError(f"k must be in [0, {n}], got {k}")
+    return torch.sort(torch.topk(bits(key, n), k, largest=False, sorted=False).indices).values
+
+
+@contextlib.contextmanager
+def torch_seeded(key: int) -> Iterator[None]:
+    """Let code that draws from torch's global generator (a module's constructor) draw from ``key`` instead.
+
+    The global state is put back on leaving, so nothing outside sees that anything was drawn. This is the one place
+    where fedsim touches that generator; a constructor gives it no other way in.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(torch.Generator().manual_seed(_signed(key & _MASK)).get_state())
+        yield
