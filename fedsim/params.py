@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fedsim.records import Params as Params
+from fedsim.records import Params
 
 
 def check_alike(a: Params, b: Params) -> None:

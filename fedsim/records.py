@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +11,8 @@ Params = dict[str, Tensor]
 Indices = npt.NDArray[np.int64]
 
 
-class Examples(NamedTuple):
+@dataclass(frozen=True)
+class Examples:
     """Inputs and labels with one leading axis.
 
     inputs: (n, *input_shape), float32 features or images, or int64 tokens.
@@ -23,11 +23,6 @@ class Examples(NamedTuple):
     labels: Tensor
 
     def __len__(self) -> int:
-        raise TypeError("len() of Examples would count its two fields; use .count")
-
-    @property
-    def count(self) -> int:
-        """Number of examples."""
         return int(self.labels.shape[0])
 
     def take(self, indices: Tensor) -> "Examples":
@@ -42,7 +37,7 @@ class Dataset:
     train, test: examples; ``test`` is None where the dataset has no test set of its own, and a part of ``train`` is
         then held out.
     num_classes: labels lie in [0, num_classes).
-    columns: id columns for the natural split: name -> int64 array (train.count,); ids in [0, number of owners).
+    columns: id columns for the natural split: name -> int64 array (len(train),); ids in [0, number of owners).
     test_columns: the same for ``test``; ids mean the same owners.
     class_names: for tables and plots, in label order; empty if unknown.
     """
