@@ -93,6 +93,20 @@ class Broadcast:
 
 
 @dataclass(frozen=True)
+class ServerState:
+    """Everything a run needs to go on after ``round`` as if it had never stopped.
+
+    server: the server rule's state. clients: state of each client that keeps one.
+    """
+
+    round: int
+    params: Params
+    buffers: Params
+    server: Params = field(default_factory=dict)
+    clients: Mapping[int, Params] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ClientUpdate:
     """Client to server. ``update`` = local - global; ``buffers`` are the client's own after training."""
 

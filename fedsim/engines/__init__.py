@@ -1,0 +1,1 @@
+"""Ways to run one cohort of clients. All give the same result; ``reference`` defines it."""

@@ -1,0 +1,126 @@
+"""What an engine is, and the part that all engines share: how results of single clients become a cohort's."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from fedsim import params as p
+from fedsim.data.federated import FederatedData
+from fedsim.errors import ClientError
+from fedsim.records import Broadcast, ClientUpdate, CohortUpdate, Examples, Params
+from fedsim.rng import fold
+from fedsim.strategies.strategy import Strategy, weight
+from fedsim.training.client import LocalWork
+from fedsim.training.evaluate import Scores
+
+OnNan = Literal["fail", "skip"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All an engine needs to train any cohort of one federation."""
+
+    work: LocalWork
+    data: FederatedData
+    strategy: Strategy
+    on_nan: OnNan
+
+
+class Cohorts(Protocol):
+    """What the round loop asks of a running engine."""
+
+    def run_cohort(
+        self, broadcast: Broadcast, clients: Sequence[int], states: Mapping[int, Params], key: int
+    ) -> CohortUpdate:
+        """Train the clients (ascending) from the broadcast and aggregate what they return.
+
+        states: of the clients that have one. key: of the round; client k trains with ``fold(key, "client", k)``.
+        """
+
+    def evaluate(self, broadcast: Broadcast, examples: Examples) -> Scores:
+        """Score the broadcast model on every example."""
+
+
+class Engine(Protocol):
+    """Where cohorts run. An engine may wrap the whole loop, as Flower's server does."""
+
+    def drive(self, job: Job, loop: Callable[[Cohorts], None]) -> None:
+        """Get ready, call ``loop`` once with running cohorts, clean up whatever happens."""
+
+    def describe(self) -> dict[str, Any]:
+        """What environment.json says of this engine."""
+
+
+def client_key(round_key: int, client: int) -> int:
+    """Key of a client in a round."""
+    return fold(round_key, "client", client)
+
+
+def collect(
+    job: Job, broadcast: Broadcast, updates: Iterable[ClientUpdate], *, bytes_up: Callable[[], int], bytes_down: int
+) -> CohortUpdate:
+    """Fold client updates, as they arrive, into the cohort's result.
+
+    Args:
+        job: strategy and rule for updates that are not finite.
+        broadcast: what the clients started from; integer buffers (batch-norm counters) keep its values, since the
+            mean of a count means nothing.
+        updates: in ascending order of client, so that sums are always added up in the same order.
+        bytes_up: called at the end, for engines that count while updates arrive.
+        bytes_down: all clients together.
+
+    Returns:
+        The cohort's update. Metrics are means weighted by examples.
+
+    Raises:
+        ClientError: an update or a training loss is not finite and the job says ``fail``.
+    """
+    aggregate = job.strategy.aggregator
+    updates_sum, buffers_sum = aggregate.start(), aggregate.start()
+    done: list[ClientUpdate] = []
+    skipped: list[int] = []
+    for result in updates:
+        if not _finite(result):
+            if job.on_nan == "fail":
+                what = f"training diverged, train_loss is {result.metrics['train_loss']} (train.on_nan is fail)"
+                raise ClientError(broadcast.round, result.client, what)
+            skipped.append(result.client)
+            continue
+        share = weight(job.strategy.weighting, result.num_examples)
+        updates_sum = aggregate.add(updates_sum, result.update, share)
+        buffers_sum = aggregate.add(buffers_sum, _floating(result.buffers), share)
+        done.append(_without_tensors(result))
+    buffers = aggregate.finish(buffers_sum)
+    return CohortUpdate(
+        update=aggregate.finish(updates_sum),
+        buffers=None if buffers is None else {**broadcast.buffers, **buffers},
+        clients=tuple(result.client for result in done),
+        num_examples=tuple(result.num_examples for result in done),
+        skipped=tuple(skipped),
+        metrics=_mean_metrics(done),
+        states={result.client: result.state for result in done if result.state},
+        bytes_up=bytes_up(),
+        bytes_down=bytes_down,
+    )
+
+
+def _finite(result: ClientUpdate) -> bool:
+    losses = torch.tensor(list(result.metrics.values()))
+    return bool(losses.isfinite().all()) and p.all_finite(result.update) and p.all_finite(result.buffers)
+
+
+def _floating(buffers: Params) -> Params:
+    return {name: b for name, b in buffers.items() if b.is_floating_point()}
+
+
+def _without_tensors(result: ClientUpdate) -> ClientUpdate:
+    """The small part of a result, so that memory does not grow with the cohort."""
+    return ClientUpdate(result.client, {}, {}, result.num_examples, result.metrics, result.state)
+
+
+def _mean_metrics(done: list[ClientUpdate]) -> dict[str, float]:
+    total = sum(result.num_examples for result in done)
+    names = done[0].metrics if done else ()
+    return {n: sum(r.metrics[n] * r.num_examples for r in done) / total for n in names}

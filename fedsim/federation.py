@@ -1,0 +1,192 @@
+"""The round loop: choose a cohort, train it, move the global model, evaluate, tell whoever listens."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from fedsim import rng
+from fedsim.data.federated import FederatedData
+from fedsim.engines.engine import Cohorts, Engine, Job, OnNan
+from fedsim.errors import RunError
+from fedsim.params import all_finite, of
+from fedsim.records import (
+    Broadcast,
+    ClientEvaluation,
+    CohortUpdate,
+    Indices,
+    Partition,
+    RoundRecord,
+    ServerState,
+)
+from fedsim.strategies.strategy import Strategy
+from fedsim.training.client import LocalWork
+from fedsim.training.evaluate import Scores
+
+Sampling = Literal["fixed", "poisson"]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """One federation, ready to run. Everything but the server's state, which changes from round to round.
+
+    clients_per_round: cohort size (fixed), or its expectation (poisson).
+    eval_every: evaluate after every so many rounds, and after the last.
+    """
+
+    seed: int
+    data: FederatedData
+    work: LocalWork
+    strategy: Strategy
+    rounds: int
+    clients_per_round: int
+    sampling: Sampling
+    eval_every: int
+    on_nan: OnNan
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What one round leaves behind."""
+
+    state: ServerState
+    record: RoundRecord
+    evaluations: tuple[ClientEvaluation, ...]
+
+
+def start(federation: Federation) -> ServerState:
+    """State before the first round: the model's own parameters and buffers, and the server rule's first state."""
+    params, buffers = of(federation.work.model)
+    return ServerState(0, params, buffers, federation.strategy.server.init(params), {})
+
+
+def cohort(federation: Federation, round: int) -> Indices:
+    """Clients of a round, ascending: int64 (m,). A function of the seed and the round alone.
+
+    fixed: exactly ``clients_per_round``, without replacement, all sets equally likely.
+    poisson: each client by itself with probability ``clients_per_round / clients``; may be empty.
+    """
+    key, n = rng.fold(federation.seed, "round", round, "cohort"), federation.data.num_clients
+    if federation.sampling == "fixed":
+        return rng.choice(key, n, federation.clients_per_round).numpy()
+    return np.flatnonzero(rng.bernoulli(key, federation.clients_per_round / n, n).numpy())
+
+
+def run(
+    federation: Federation, state: ServerState, engine: Engine, on_round: Callable[[RoundResult], None]
+) -> ServerState:
+    """Run the rounds after ``state.round`` up to ``federation.rounds``.
+
+    Args:
+        federation: what to run.
+        state: from :func:`start`, or of the last whole round of an earlier run.
+        engine: where clients run.
+        on_round: called with every finished round, in order; a fresh run first reports round 0, the initial model.
+
+    Returns:
+        State after the last round.
+
+    Raises:
+        ClientError: a client diverged and ``on_nan`` is "fail".
+        RunError: the global model is no longer finite.
+    """
+    final = [state]
+
+    def loop(cohorts: Cohorts) -> None:
+        if state.round == 0:
+            on_round(_initial(federation, cohorts, state))
+        for round in range(state.round + 1, federation.rounds + 1):
+            result = _round(federation, cohorts, final[0], round)
+            final[0] = result.state
+            on_round(result)
+
+    engine.drive(Job(federation.work, federation.data, federation.strategy, federation.on_nan), loop)
+    return final[0]
+
+
+def _initial(federation: Federation, cohorts: Cohorts, state: ServerState) -> RoundResult:
+    began = time.perf_counter()
+    nothing = CohortUpdate(None, None, (), (), (), {}, {}, 0, 0)
+    return _evaluated(federation, cohorts, state, nothing, began)
+
+
+def _round(federation: Federation, cohorts: Cohorts, state: ServerState, round: int) -> RoundResult:
+    began = time.perf_counter()
+    chosen = [int(client) for client in cohort(federation, round)]
+    states = {client: state.clients[client] for client in chosen if client in state.clients}
+    broadcast = _broadcast(federation, state, round)
+    result = cohorts.run_cohort(broadcast, chosen, states, rng.fold(federation.seed, "round", round))
+    return _evaluated(federation, cohorts, _step(federation, state, result, round), result, began)
+
+
+def _broadcast(federation: Federation, state: ServerState, round: int) -> Broadcast:
+    return Broadcast(state.params, state.buffers, federation.strategy.server.extra(state.server), round)
+
+
+def _step(federation: Federation, state: ServerState, result: CohortUpdate, round: int) -> ServerState:
+    """The server's part of a round. Without any update the global model stays as it is."""
+    if result.update is None:
+        return replace(state, round=round)
+    params, server = federation.strategy.server.step(state.params, result.update, state.server)
+    if not all_finite(params):
+        raise RunError(f"round {round}: the global model is no longer finite; a smaller strategy.server_lr may help")
+    buffers = state.buffers if result.buffers is None else result.buffers
+    return ServerState(round, params, buffers, server, {**state.clients, **result.states})
+
+
+def _evaluated(
+    federation: Federation, cohorts: Cohorts, state: ServerState, result: CohortUpdate, began: float
+) -> RoundResult:
+    """The round's record; with held-out loss and accuracy when it is a round of evaluation."""
+    round = state.round
+    record = RoundRecord(
+        round=round,
+        loss=None,
+        accuracy=None,
+        train_loss=result.metrics.get("train_loss"),
+        clients=len(result.clients),
+        seconds=0.0,
+        bytes_up=result.bytes_up,
+        bytes_down=result.bytes_down,
+        skipped=result.skipped,
+    )
+    evaluations: tuple[ClientEvaluation, ...] = ()
+    if round % federation.eval_every == 0 or round == federation.rounds:
+        broadcast, data = _broadcast(federation, state, round), federation.data
+        scores = cohorts.evaluate(broadcast, data.test)
+        by_client = scores if data.client_test is data.test else cohorts.evaluate(broadcast, data.client_test)
+        evaluations = by_owner(by_client, data.test_partition, round)
+        loss, accuracy = scores.mean()
+        record = _with_spread(replace(record, loss=loss, accuracy=accuracy), [e.accuracy for e in evaluations])
+    return RoundResult(state, replace(record, seconds=time.perf_counter() - began), evaluations)
+
+
+def by_owner(scores: Scores, partition: Partition, round: int) -> tuple[ClientEvaluation, ...]:
+    """Each client's loss and accuracy on its own held-out examples; clients without any are left out."""
+    owners, held = torch.from_numpy(partition.owners()), torch.from_numpy(partition.indices)
+    sums = torch.zeros(3, partition.num_clients, dtype=torch.float64)
+    sums.index_add_(1, owners, torch.stack([scores.loss[held], scores.correct[held], scores.labels[held]]))
+    loss, correct, labels = sums.tolist()
+    sizes = partition.sizes().tolist()
+    return tuple(
+        ClientEvaluation(round, k, sizes[k], loss[k] / labels[k], correct[k] / labels[k])
+        for k in np.flatnonzero(np.asarray(labels) > 0).tolist()
+    )
+
+
+def _with_spread(record: RoundRecord, accuracies: Sequence[float]) -> RoundRecord:
+    """Add mean, population standard deviation and mean of the worst tenth (rounded up) over clients, if any."""
+    if not accuracies:
+        return record
+    ordered = np.sort(np.asarray(accuracies))
+    worst = ordered[: math.ceil(len(ordered) / 10)]
+    return replace(
+        record,
+        client_accuracy_mean=float(ordered.mean()),
+        client_accuracy_std=float(ordered.std()),
+        client_accuracy_p10=float(worst.mean()),
+    )

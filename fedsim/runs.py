@@ -1,0 +1,275 @@
+"""The run folder: everything that is written during a run, and the one way to read it back.
+
+``<output>/<name>-<date>-<n>/`` holds config.yaml, environment.json, split.json, rounds.jsonl, clients.jsonl,
+summary.json, checkpoint/ and, at the end, model.safetensors and report.html. Whole files are replaced atomically;
+the two ``.jsonl`` files only grow, and what they hold beyond the checkpoint is cut off on resume, so a run that is
+killed at any moment goes on from its last whole round.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import yaml
+
+from fedsim.errors import DataError
+from fedsim.records import ClientEvaluation, Params, RoundRecord, ServerState
+
+FORMAT = 1  # of the run folder; raised when an older fedsim could not read the result
+
+_STATE = "checkpoint/state.json"
+
+
+# ---------------------------------------------------------------- writing
+
+
+def create(output: Path, name: str) -> Path:
+    """Make a new, empty run folder ``output/name-YYYY-MM-DD-n`` with the first free n.
+
+    Raises:
+        DataError: the folder cannot be made.
+    """
+    today = datetime.date.today().isoformat()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for n in range(1, 1_000_000):
+            folder = output / f"{name}-{today}-{n}"
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            return folder
+    except OSError as error:
+        raise DataError(f"output: cannot make a run folder in {output}: {error.strerror or error}") from error
+    raise DataError(f"output: no free run folder name left in {output}")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace ``path`` atomically: a reader, or a crash, sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON atomically. Numbers that JSON cannot hold (NaN, infinity) become null."""
+    write_bytes(path, (json.dumps(_finite(content), indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write the fully resolved config."""
+    write_bytes(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode())
+
+
+def append_round(folder: Path, record: RoundRecord, evaluations: Iterable[ClientEvaluation]) -> None:
+    """Add one line to rounds.jsonl and a line per client to clients.jsonl."""
+    _append(folder / "clients.jsonl", [dataclasses.asdict(e) for e in evaluations])
+    _append(folder / "rounds.jsonl", [dataclasses.asdict(record)])
+
+
+def _append(path: Path, lines: list[dict[str, Any]]) -> None:
+    with path.open("a") as file:
+        file.write("".join(json.dumps(_finite(line), allow_nan=False) + "\n" for line in lines))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save_model(folder: Path, params: Params, buffers: Params, metadata: Mapping[str, str]) -> None:
+    """Write the global model, parameters and buffers under their ``state_dict`` names."""
+    tensors = {name: tensor.contiguous() for name, tensor in {**params, **buffers}.items()}
+    write_bytes(folder / "model.safetensors", safetensors.torch.save(tensors, metadata=dict(metadata)))
+
+
+def save_checkpoint(folder: Path, state: ServerState) -> None:
+    """Write the state of a whole round.
+
+    The tensors go to a file named after the round; state.json, replaced last, says which file counts and its hash.
+    """
+    groups: dict[str, Params] = {"params": state.params, "buffers": state.buffers, "server": state.server}
+    groups |= {f"clients/{client}": own for client, own in state.clients.items()}
+    tensors = {f"{group}/{name}": t.contiguous() for group, own in groups.items() for name, t in own.items()}
+    data = safetensors.torch.save(tensors)
+    file = f"state-{state.round:06d}.safetensors"
+    write_bytes(folder / "checkpoint" / file, data)
+    facts = {"format": FORMAT, "round": state.round, "file": file, "bytes": len(data), "sha256": _digest(data)}
+    write_json(folder / _STATE, facts)
+    for old in (folder / "checkpoint").glob("state-*.safetensors"):
+        if old.name != file:
+            old.unlink(missing_ok=True)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def trim(folder: Path, last_round: int) -> None:
+    """Cut both ``.jsonl`` files after ``last_round``: lines of a later round, and a half-written last line."""
+    for name in ("rounds.jsonl", "clients.jsonl"):
+        path = folder / name
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _round_of(line) <= last_round]
+            write_bytes(path, "".join(line + "\n" for line in kept).encode())
+
+
+def _round_of(line: str) -> float:
+    try:
+        return int(json.loads(line)["round"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """A run folder to read from. Made by :func:`open_run`, which checks that it is one."""
+
+    path: Path
+
+    def config(self) -> dict[str, Any]:
+        """The fully resolved config."""
+        return dict(yaml.safe_load(_read(self.path / "config.yaml")))
+
+    def environment(self) -> dict[str, Any]:
+        """Versions, host, device, threads and git state of the run; {} if the run broke off before it was written."""
+        return self._optional("environment.json")
+
+    def summary(self) -> dict[str, Any]:
+        """Final and best metrics, totals, status; {} if the run broke off before it was written."""
+        return self._optional("summary.json")
+
+    def split(self) -> dict[str, Any]:
+        """Sizes and label counts of the split; {} if there are too many clients to list."""
+        return self._optional("split.json")
+
+    def rounds(self) -> list[RoundRecord]:
+        """Every whole round, in order."""
+        records = [RoundRecord(**line) for line in self._lines("rounds.jsonl")]
+        return [dataclasses.replace(r, skipped=tuple(r.skipped)) for r in records]
+
+    def clients(self) -> list[ClientEvaluation]:
+        """Every client evaluation, in order of round and client."""
+        return [ClientEvaluation(**line) for line in self._lines("clients.jsonl")]
+
+    def model(self) -> Params:
+        """The final global model under its ``state_dict`` names, or the last checkpoint's if the run is unfinished."""
+        path = self.path / "model.safetensors"
+        if path.exists():
+            return _tensors(path, _read(path))
+        state = load_checkpoint(self.path)
+        return {**state.params, **state.buffers}
+
+    def _optional(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        return _json(path) if path.exists() else {}
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.path / name
+        if not path.exists():
+            return []
+        lines = path.read_text().splitlines()
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            if _all_but_last_parse(lines):  # the run was killed while it wrote this line
+                return [json.loads(line) for line in lines[:-1]]
+            raise DataError(f"{path}: not one JSON object per line ({error})") from error
+
+
+def _all_but_last_parse(lines: list[str]) -> bool:
+    return all(_round_of(line) < math.inf for line in lines[:-1])
+
+
+def open_run(path: Path | str) -> RunFolder:
+    """Check that ``path`` is a run folder that this version can read.
+
+    Raises:
+        DataError: it is not there, is not a run folder, or is from a newer format.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise DataError(f"{path}: no such run folder")
+    if not (path / "config.yaml").exists():
+        raise DataError(f"{path}: not a run folder (it has no config.yaml)")
+    for name in ("summary.json", _STATE):
+        found = _json(path / name).get("format", FORMAT) if (path / name).exists() else FORMAT
+        if not isinstance(found, int) or found > FORMAT:
+            raise DataError(f"{path / name}: run folder format {found} is newer than this fedsim reads ({FORMAT})")
+    return RunFolder(path)
+
+
+def load_checkpoint(folder: Path) -> ServerState:
+    """The state that :func:`save_checkpoint` wrote last.
+
+    Raises:
+        DataError: no checkpoint, or a damaged one; names the file.
+    """
+    facts = _json(folder / _STATE)
+    try:
+        path, size, digest = folder / "checkpoint" / str(facts["file"]), int(facts["bytes"]), str(facts["sha256"])
+        round = int(facts["round"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / _STATE}: damaged checkpoint, field {error} is missing or wrong") from error
+    data = _read(path)
+    if len(data) != size:
+        raise DataError(f"{path}: truncated checkpoint, {len(data)} bytes where {size} were written")
+    if _digest(data) != digest:
+        raise DataError(f"{path}: damaged checkpoint, its sha256 is not the one in {_STATE}")
+    groups: dict[str, Params] = {"params": {}, "buffers": {}, "server": {}}
+    clients: dict[int, Params] = {}
+    for full, tensor in _tensors(path, data).items():
+        group, _, name = full.partition("/")
+        if group == "clients":
+            client, _, name = name.partition("/")
+            clients.setdefault(int(client), {})[name] = tensor
+        else:
+            groups[group][name] = tensor
+    return ServerState(round, groups["params"], groups["buffers"], groups["server"], clients)
+
+
+def _tensors(path: Path, data: bytes) -> Params:
+    try:
+        return safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise DataError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_read(path))
+    except ValueError as error:
+        raise DataError(f"{path}: not whole JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: missing") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error

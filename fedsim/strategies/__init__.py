@@ -1,0 +1,1 @@
+"""How client results become the next global model."""

@@ -1,0 +1,106 @@
+"""A client's work: one pure function from (broadcast, data, state, key) to an update.
+
+This loop is the definition of correct local training. Faster engines do the same arithmetic in another place or for
+many clients at once, and are tested against it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedsim import params as p
+from fedsim import rng
+from fedsim.models.layers.keyed import step_keys
+from fedsim.records import Broadcast, ClientUpdate, Examples, Params
+from fedsim.training.local_rule import LocalRule
+from fedsim.training.losses import cross_entropy
+from fedsim.training.optimizers import Optimizer
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """What every client of a federation does with its data.
+
+    model: a template; only its structure is used, never its own parameters.
+    key_names: names of the model's key buffers (of stochastic layers).
+    batch_size: examples per step, >= 1; None takes all of a client's examples in one step.
+    """
+
+    model: nn.Module
+    key_names: tuple[str, ...]
+    optimizer: Optimizer
+    rule: LocalRule
+    local_epochs: int
+    batch_size: int | None
+
+
+def batches(n: int, batch_size: int | None, local_epochs: int, key: int) -> Iterator[Tensor]:
+    """Indices of each step's examples, epoch after epoch, each epoch in its own random order.
+
+    The last batch of an epoch may be smaller; no example is dropped.
+
+    Args:
+        n: number of examples, >= 1.
+        batch_size: >= 1, or None for one batch of all.
+        local_epochs: >= 1.
+        key: of this client in this round.
+
+    Returns:
+        Iterator over int64 tensors (<= batch_size,).
+    """
+    for epoch in range(local_epochs):
+        yield from torch.split(rng.permutation(rng.fold(key, "epoch", epoch), n), batch_size or n)
+
+
+def gradient(work: LocalWork, local: Params, buffers: Params, batch: Examples, key: int) -> tuple[Params, Tensor]:
+    """Gradient and value of the mean batch loss at ``local``; batch-norm ``buffers`` are updated in place."""
+    keys = step_keys(work.key_names, key)
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in local.items()}
+    loss = cross_entropy(functional_call(work.model, {**leaves, **buffers, **keys}, (batch.inputs,)), batch.labels)
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, grads, strict=True)), loss.detach()
+
+
+def train_client(
+    work: LocalWork, broadcast: Broadcast, client: int, data: Examples, *, state: Params, key: int
+) -> ClientUpdate:
+    """Train from the global parameters on one client's data.
+
+    ``w <- optimizer(w, rule.correct(grad loss(w; batch)))`` for every batch of every local epoch.
+
+    Args:
+        work: what to do, the same for all clients.
+        broadcast: from the server. Not changed.
+        client: id, for the result.
+        data: the client's examples, at least one.
+        state: the rule's state of this client. Not changed.
+        key: of this client in this round; all its draws come from below it.
+
+    Returns:
+        ``update`` = local - global, the client's own buffers, and ``train_loss``: mean loss over all examples of all
+        epochs, each taken just before the step that used it.
+
+    Source: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+        algorithm 1, ClientUpdate. Differs: none for plain SGD and the plain rule.
+    """
+    work.model.train()
+    local, buffers = broadcast.params, {name: b.clone() for name, b in broadcast.buffers.items()}
+    optimizer_state = work.optimizer.init(local)
+    loss_sum, seen, steps = torch.zeros((), dtype=torch.float64), 0, 0
+    for indices in batches(len(data), work.batch_size, work.local_epochs, key):
+        grads, loss = gradient(work, local, buffers, data.take(indices), rng.fold(key, "step", steps))
+        grads = work.rule.correct(grads, local, broadcast, state)
+        local, optimizer_state = work.optimizer.step(local, grads, optimizer_state)
+        loss_sum += loss.double() * len(indices)
+        seen, steps = seen + len(indices), steps + 1
+    return ClientUpdate(
+        client=client,
+        update=p.sub(local, broadcast.params),
+        buffers=buffers,
+        num_examples=len(data),
+        metrics={"train_loss": float(loss_sum) / seen},
+        state=work.rule.finish(local, broadcast, state, steps),
+    )

@@ -1,0 +1,19 @@
+"""The loss of a batch."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100  # a label that counts neither in a loss nor in an accuracy (padding of short texts)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean of ``-log softmax(logits)[label]`` over all labels that are not -100.
+
+    Args:
+        logits: (batch, classes), or (batch, time, classes).
+        labels: (batch,), or (batch, time), int64.
+
+    Returns:
+        Scalar tensor (), in nats. NaN if every label is -100.
+    """
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
