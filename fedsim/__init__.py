@@ -1,3 +1,26 @@
-"""fedsim: federated-learning simulation with regularised, pruned and encrypted clients."""
+"""fedsim: federated-learning simulation with regularised, pruned and encrypted clients.
+
+>>> import fedsim
+>>> run = fedsim.run("configs/quickstart.yaml", {"train.rounds": 5})  # doctest: +SKIP
+>>> run.rounds[-1].accuracy, run.model(), run.folder  # doctest: +SKIP
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedsim.api import Run as Run
+    from fedsim.api import load as load
+    from fedsim.api import resume as resume
+    from fedsim.api import run as run
 
 __version__ = "0.1.0"
+__all__ = ["Run", "load", "resume", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the API when it is first used, so that ``import fedsim`` and ``fedsim --help`` are quick."""
+    if name not in __all__:
+        raise AttributeError(f"module 'fedsim' has no attribute {name!r}")
+    from fedsim import api  # noqa: PLC0415
+
+    return getattr(api, name)

@@ -161,7 +161,7 @@ def _evaluated(
         by_client = scores if data.client_test is data.test else cohorts.evaluate(broadcast, data.client_test)
         evaluations = by_owner(by_client, data.test_partition, round)
         loss, accuracy = scores.mean()
-        record = _with_spread(replace(record, loss=loss, accuracy=accuracy), [e.accuracy for e in evaluations])
+        record = with_spread(replace(record, loss=loss, accuracy=accuracy), [e.accuracy for e in evaluations])
     return RoundResult(state, replace(record, seconds=time.perf_counter() - began), evaluations)
 
 
@@ -178,7 +178,7 @@ def by_owner(scores: Scores, partition: Partition, round: int) -> tuple[ClientEv
     )
 
 
-def _with_spread(record: RoundRecord, accuracies: Sequence[float]) -> RoundRecord:
+def with_spread(record: RoundRecord, accuracies: Sequence[float]) -> RoundRecord:
     """Add mean, population standard deviation and mean of the worst tenth (rounded up) over clients, if any."""
     if not accuracies:
         return record

@@ -58,11 +58,14 @@ class Partition:
     offsets: int64 (clients + 1,), ascending from 0.
     indices: int64 (n,), no index twice. A split that uses only a part of the data leaves the rest out.
     noise_std: float32 (clients,) or None: standard deviation of the Gaussian noise on each client's inputs.
+    column, owner_ids: of a natural split, the id column and the id, int64 (clients,) ascending, behind each client.
     """
 
     offsets: Indices
     indices: Indices
     noise_std: npt.NDArray[np.float32] | None = None
+    column: str | None = None
+    owner_ids: Indices | None = None
 
     @property
     def num_clients(self) -> int:

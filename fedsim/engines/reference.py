@@ -6,6 +6,7 @@ from typing import Any
 
 from fedsim import wire
 from fedsim.engines.engine import Cohorts, Job, client_key, collect
+from fedsim.errors import ClientError
 from fedsim.records import Broadcast, ClientUpdate, CohortUpdate, Examples, Params
 from fedsim.training.client import train_client
 from fedsim.training.evaluate import Scores, score
@@ -26,13 +27,19 @@ class Loop:
         def results() -> Iterator[ClientUpdate]:
             for client in sorted(clients):
                 state = states.get(client) or self.job.strategy.local.init(broadcast.params)
-                data, own_key = self.job.data.client(client), client_key(key, client)
-                result = train_client(self.job.work, broadcast, client, data, state=state, key=own_key)
+                result = self._train(broadcast, client, state, client_key(key, client))
                 sent[0] += len(wire.encode_update(result))
                 yield result
 
         down = len(wire.encode_broadcast(broadcast)) * len(clients)
         return collect(self.job, broadcast, results(), bytes_up=lambda: sent[0], bytes_down=down)
+
+    def _train(self, broadcast: Broadcast, client: int, state: Params, key: int) -> ClientUpdate:
+        data = self.job.data.client(client)
+        try:
+            return train_client(self.job.work, broadcast, client, data, state=state, key=key)
+        except Exception as error:
+            raise ClientError(broadcast.round, client, f"{type(error).__name__}: {error}") from error
 
     def evaluate(self, broadcast: Broadcast, examples: Examples) -> Scores:
         """See ``Cohorts.evaluate``."""

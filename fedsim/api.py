@@ -1,0 +1,285 @@
+"""The Python API: run a config, resume a run, open a finished one. The command line stands on it."""
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsim import environment, runs
+from fedsim.baselines import Alone, each_alone, merged
+from fedsim.config import build
+from fedsim.config import load as config_files
+from fedsim.config.schema import Config
+from fedsim.data.partition_files import save as save_partition
+from fedsim.engines.engine import Engine
+from fedsim.errors import DataError, RunError
+from fedsim.federation import Federation, start
+from fedsim.federation import run as run_rounds
+from fedsim.params import num_entries
+from fedsim.recording import Facts, OnRound, Recording, record_rounds, split_facts
+from fedsim.records import ClientEvaluation, Partition, RoundRecord, ServerState
+
+OnStart = Callable[["Run", Federation], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run to look at. Everything is read from its folder."""
+
+    folder: Path
+
+    @property
+    def rounds(self) -> list[RoundRecord]:
+        """Every round, in order."""
+        return runs.open_run(self.folder).rounds()
+
+    @property
+    def clients(self) -> list[ClientEvaluation]:
+        """Every evaluation of a client, in order of round and client."""
+        return runs.open_run(self.folder).clients()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Final and best metrics, totals and status."""
+        return runs.open_run(self.folder).summary()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved config."""
+        return runs.open_run(self.folder).config()
+
+    def model(self) -> nn.Module:
+        """The global model as it is now, in eval mode."""
+        folder = runs.open_run(self.folder)
+        shape = folder.summary().get("model", {})
+        config = config_files.check(folder.config())
+        with _importable(Path.cwd()):
+            module = build.model(config, build.ModelShape(tuple(shape["input_shape"]), shape["num_classes"]))
+        module.load_state_dict(folder.model())
+        return module.eval()
+
+
+def load(folder: str | Path) -> Run:
+    """Open a run folder.
+
+    Raises:
+        DataError: it is not one, or from a newer version.
+    """
+    return Run(runs.open_run(folder).path)
+
+
+def run(
+    config: str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    on_start: OnStart | None = None,
+    on_round: OnRound | None = None,
+    progress: build.Progress = build.silent,
+) -> Run:
+    """Run a federation and write its run folder.
+
+    Args:
+        config: path of a YAML file, or the same as a mapping.
+        overrides: dotted key -> value, such as ``{"train.rounds": 5}``.
+        on_start: called once all is built, with the new folder, before the first round.
+        on_round: called after every round.
+        progress: called while data is downloaded: name, bytes done, bytes in all.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ConfigError, DataError: nothing was written.
+        ClientError, RunError: the run failed; its state is in the folder.
+        KeyboardInterrupt: the run was interrupted; its state is in the folder.
+    """
+    with _importable(_folder_of(config)), _one_thread():
+        checked = config_files.load(config, overrides)
+        federation, engine = build.federation(checked, progress)
+        folder = _new_folder(checked, federation, engine)
+        with Recording(folder, _facts(checked, federation), on_round or _ignore) as recording:
+            (on_start or _ignore)(Run(folder), federation)
+            run_rounds(federation, start(federation), engine, recording.take)
+    return Run(folder)
+
+
+def resume(
+    folder: str | Path,
+    *,
+    rounds: int | None = None,
+    on_start: OnStart | None = None,
+    on_round: OnRound | None = None,
+    progress: build.Progress = build.silent,
+) -> Run:
+    """Go on with a run after its last whole round; the result equals that of a run that was never stopped.
+
+    Args:
+        folder: the run folder. A finished run comes back as it is.
+        rounds: a new total, to make a run longer. None keeps ``train.rounds``.
+        on_start, on_round, progress: as in :func:`run`.
+
+    Raises:
+        DataError: not a run folder, from a newer version, or a damaged checkpoint.
+        ConfigError: ``rounds`` is fewer than are done.
+    """
+    opened = runs.open_run(folder)
+    state = runs.load_checkpoint(opened.path)
+    changes = {} if rounds is None else {"train.rounds": rounds}
+    with _importable(Path.cwd()), _one_thread():
+        checked = config_files.load(opened.config(), changes)
+        if checked.train.rounds < state.round:
+            raise DataError(f"rounds: {opened.path} has {state.round} rounds already, got {checked.train.rounds}")
+        federation, engine = build.federation(checked, progress)
+        state = _fitted(state, federation, opened.path)
+        runs.trim(opened.path, state.round)
+        with Recording(opened.path, _facts(checked, federation), on_round or _ignore) as recording:
+            runs.write_config(opened.path, config_files.resolved(checked))
+            (on_start or _ignore)(Run(opened.path), federation)
+            run_rounds(federation, state, engine, recording.take)
+    return Run(opened.path)
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """The two runs to hold a federation against."""
+
+    centralised: Run
+    alone: Run
+
+
+def baseline(
+    config: str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    on_start: OnStart | None = None,
+    on_round: OnRound | None = None,
+    on_client: Callable[[int, int], None] | None = None,
+    progress: build.Progress = build.silent,
+) -> Baselines:
+    """Run the two baselines of a federation from the same config.
+
+    *Centralised*: one client that holds all training examples, with the same rounds and epochs per round.
+    *Alone*: every client trains by itself (see ``fedsim.baselines``).
+
+    Args:
+        config, overrides, on_start, on_round, progress: as in :func:`run`; the hooks follow the centralised run.
+        on_client: called after each client that trained alone: clients done, clients in all.
+
+    Returns:
+        Both runs, named after the config with ``-centralised`` and ``-alone``.
+    """
+    with _importable(_folder_of(config)), _one_thread():
+        checked = config_files.load(config, overrides)
+        plain = {"data.clients": 1, "data.split": "iid", "train.clients_per_round": "all", "train.sampling": "fixed"}
+        changes = {**(overrides or {}), **plain, "name": f"{checked.name}-centralised"}
+        hooks: dict[str, Any] = {"on_start": on_start, "on_round": on_round, "progress": progress}
+        centralised = run(config, changes, **hooks)
+
+        federation, engine = build.federation(checked, progress)
+        done: list[Alone] = []
+        for one in each_alone(federation, engine):
+            done.append(one)
+            (on_client or _ignore)(len(done), federation.data.num_clients)
+        named = checked.model_copy(update={"name": f"{checked.name}-alone"})
+        folder = _new_folder(named, federation, engine)
+        record_rounds(folder, _facts(named, federation), merged(done))
+    return Baselines(centralised, Run(folder))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Who would hold what. ``facts`` are those of split.json."""
+
+    partition: Partition
+    labels: Tensor
+    facts: dict[str, Any]
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a file for ``split: {name: file, path: ...}``."""
+        save_partition(self.partition, self.labels, path)
+
+
+def split(
+    config: str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    progress: build.Progress = build.silent,
+) -> Split:
+    """Load the data of a config and split it, without running anything."""
+    with _importable(_folder_of(config)):
+        data = build.federated_data(config_files.load(config, overrides), progress)
+    return Split(data.partition, data.train.labels, split_facts(data))
+
+
+def _new_folder(config: Config, federation: Federation, engine: Engine) -> Path:
+    """A run folder with what is known before the first round."""
+    folder = runs.create(Path(config.output).expanduser(), config.name)
+    try:
+        runs.write_config(folder, config_files.resolved(config))
+        runs.write_json(folder / "environment.json", environment.describe(engine.describe()))
+        runs.write_json(folder / "split.json", split_facts(federation.data))
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+def _folder_of(config: str | Path | Mapping[str, Any]) -> Path:
+    return Path.cwd() if isinstance(config, Mapping) else Path(config).parent
+
+
+def _ignore(*_: object) -> None:
+    pass
+
+
+def _facts(config: Config, federation: Federation) -> Facts:
+    return Facts(
+        name=config.name,
+        model=config.model.name,
+        parameters=num_entries(start(federation).params),
+        clients=federation.data.num_clients,
+        input_shape=build.shape_of(federation.data).input_shape,
+        num_classes=federation.data.num_classes,
+        rounds=config.train.rounds,
+        target_accuracy=config.train.target_accuracy,
+    )
+
+
+def _fitted(state: ServerState, federation: Federation, folder: Path) -> ServerState:
+    """The state with tensors in the model's order; refused if the model is another one."""
+    fresh = start(federation)
+    try:
+        return dataclasses.replace(
+            state,
+            params={name: state.params[name].view_as(tensor) for name, tensor in fresh.params.items()},
+            buffers={name: state.buffers[name].view_as(tensor) for name, tensor in fresh.buffers.items()},
+        )
+    except (KeyError, RuntimeError) as error:
+        raise DataError(f"{folder / 'checkpoint'}: does not fit the model of config.yaml ({error})") from error
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread while a run goes on: results then do not depend on the number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Let ``package.module:name`` find modules in the working folder and beside the config."""
+    before = list(sys.path)
+    sys.path[:0] = list(dict.fromkeys([os.getcwd(), str(folder.resolve())]))  # noqa: PTH109
+    try:
+        yield
+    finally:
+        sys.path[:] = before

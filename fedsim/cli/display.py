@@ -1,0 +1,172 @@
+"""What a run shows while it goes on: live bars on a terminal, plain lines elsewhere; a table at the end."""
+
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as EtaColumn
+from rich.table import Table
+
+from fedsim.records import RoundRecord
+
+
+def si_bytes(n: float) -> str:
+    """A number of bytes for people.
+
+    >>> si_bytes(1_234_567)
+    '1.2 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n < 1000 or unit == "TB":
+            break
+        n /= 1000
+    return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+
+
+def percent(value: float | None) -> str:
+    """A share in [0, 1] for people; a dash for none."""
+    return "-" if value is None else f"{100 * value:.2f}%"
+
+
+class Display(Protocol):
+    """Shows a run. Used as a context."""
+
+    def __enter__(self) -> "Display": ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def loading(self, name: str, done: int, total: int | None) -> None:
+        """Data is being fetched."""
+
+    def step(self, name: str, done: int, total: int) -> None:
+        """Some other work has come so far."""
+
+    def begin(self, title: str, done: int, total: int) -> None:
+        """Rounds start, ``done`` of ``total`` are there already."""
+
+    def round(self, record: RoundRecord) -> None:
+        """A round has finished."""
+
+
+class Lines:
+    """Plain lines, one a round, for logs."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.total, self.sent = console, 0, 0
+        self.loaded: set[str] = set()
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def loading(self, name: str, done: int, total: int | None) -> None:
+        """Say once that a file is being fetched."""
+        if name not in self.loaded:
+            self.loaded.add(name)
+            self.line(f"fetching {name} ({si_bytes(total) if total else 'size unknown'})")
+
+    def step(self, name: str, done: int, total: int) -> None:
+        """Say how far it has come."""
+        self.line(f"{name} {done}/{total}")
+
+    def begin(self, title: str, done: int, total: int) -> None:
+        """Say what runs."""
+        self.total = total
+        self.line(title)
+
+    def round(self, record: RoundRecord) -> None:
+        """Say how the round went."""
+        self.sent += record.bytes_up + record.bytes_down
+        loss = "-" if record.loss is None else f"{record.loss:.4f}"
+        self.line(
+            f"round {record.round}/{self.total}  accuracy {percent(record.accuracy)}  loss {loss}  "
+            f"clients {record.clients}  sent {si_bytes(self.sent)}  {record.seconds:.2f} s"
+        )
+
+    def line(self, text: str) -> None:
+        """Print without wrapping or colours."""
+        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+class Live:
+    """Bars that move, for people at a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            EtaColumn(),
+            console=console,
+        )
+        self.sent = 0
+        self.rounds: TaskID | None = None
+        self.others: dict[str, TaskID] = {}
+        self.shown = ""
+
+    def __enter__(self) -> "Live":
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def loading(self, name: str, done: int, total: int | None) -> None:
+        """Move the file's bar."""
+        self._move(f"fetching {name}", done, total, si_bytes(done))
+
+    def step(self, name: str, done: int, total: int) -> None:
+        """Move its bar."""
+        self._move(name, done, total, "")
+
+    def _move(self, name: str, done: int, total: int | None, facts: str) -> None:
+        if name not in self.others:
+            self.others[name] = self.bars.add_task(name, total=total, facts="")
+        self.bars.update(self.others[name], completed=done, facts=facts)
+
+    def begin(self, title: str, done: int, total: int) -> None:
+        """Start the bar of rounds."""
+        self.bars.console.print(title, highlight=False, markup=False)
+        self.rounds = self.bars.add_task("rounds", total=total, completed=done, facts="")
+
+    def round(self, record: RoundRecord) -> None:
+        """Move the bar of rounds; the last known accuracy stays."""
+        self.sent += record.bytes_up + record.bytes_down
+        if record.accuracy is not None:
+            self.shown = f"accuracy {percent(record.accuracy)}  loss {record.loss:.3f}"
+        if self.rounds is not None:
+            facts = f"{self.shown}  {record.clients} clients  {si_bytes(self.sent)}"
+            self.bars.update(self.rounds, completed=record.round, facts=facts)
+
+
+def for_console(console: Console) -> Display:
+    """Live bars on a terminal, plain lines elsewhere."""
+    return Live(console) if console.is_terminal else Lines(console)
+
+
+def result_table(summary: dict[str, Any]) -> Table:
+    """The final table of a run."""
+    final, best, totals = summary.get("final") or {}, summary.get("best") or {}, summary["totals"]
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    rows = [
+        ("status", summary["status"]),
+        ("rounds", f"{summary['rounds_done']} of {summary['rounds']}"),
+        ("accuracy", f"{percent(final.get('accuracy'))} final, {percent(best.get('accuracy'))} best"),
+        ("loss", "-" if final.get("loss") is None else f"{final['loss']:.4f}"),
+    ]
+    if "target_accuracy" in summary:
+        reached = summary["rounds_to_target"]
+        after = "not reached" if reached is None else f"after {reached:.2f} rounds"
+        rows.append((f"{percent(summary['target_accuracy'])} accuracy", after))
+    rows += [
+        ("sent", f"{si_bytes(totals['bytes_up'])} up, {si_bytes(totals['bytes_down'])} down"),
+        ("time", f"{totals['seconds']:.1f} s"),
+    ]
+    for name, value in rows:
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,75 @@
+"""What there is to choose from: every component with its first docstring line and its keys, and the JSON Schema."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic_core import PydanticUndefined
+
+from fedsim.config.components import model_of
+from fedsim.config.schema import Config
+from fedsim.config.tables import KINDS
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One component. keys: (name, type and range, "default ..." or "needed")."""
+
+    name: str
+    summary: str
+    keys: tuple[tuple[str, str, str], ...]
+
+
+def entries(kind: str) -> list[Entry]:
+    """The components of a kind, in the order of their table."""
+    slot = KINDS[kind]
+    return [
+        Entry(name, _first_line(factory), _keys(model_of(name, factory, slot).model_fields))
+        for name, factory in slot.table.items()
+    ]
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a config file, for editors."""
+    schema = Config.model_json_schema()
+    schema["properties"]["extends"] = {"type": "string", "description": "config file underneath this one"}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "fedsim config"}
+
+
+def _first_line(factory: Any) -> str:
+    return (inspect.getdoc(factory) or "").partition("\n")[0]
+
+
+def _keys(fields: dict[str, Any]) -> tuple[tuple[str, str, str], ...]:
+    return tuple(
+        (name, _type(field), "needed" if field.default is PydanticUndefined else f"default {_value(field.default)}")
+        for name, field in fields.items()
+        if name != "name"
+    )
+
+
+_SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+
+
+def _type(field: Any) -> str:
+    limits = ((sign, getattr(m, key, None)) for m in field.metadata for key, sign in _SIGNS)
+    bounds = [f"{sign} {limit}" for sign, limit in limits if limit is not None]
+    return " ".join([_type_name(field.annotation), *bounds])
+
+
+def _type_name(annotation: Any) -> str:
+    if annotation is type(None):
+        return "null"
+    if get_origin(annotation) is Literal:
+        return " | ".join(str(choice) for choice in get_args(annotation))
+    if isinstance(annotation, type) and not get_args(annotation):
+        return {"str": "text", "bool": "true | false"}.get(annotation.__name__, annotation.__name__)
+    inner = [_type_name(part) for part in get_args(annotation) if hasattr(part, "__name__") or get_args(part)]
+    return f"list of {inner[0]}" if get_origin(annotation) is list else " | ".join(inner)
+
+
+def _value(value: Any) -> str:
+    """As YAML would have it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)

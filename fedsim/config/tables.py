@@ -1,0 +1,37 @@
+"""Every table of components, and what fedsim itself hands to the factories of each kind."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedsim.data.datasets import DATASETS
+from fedsim.data.splits import SPLITS
+from fedsim.engines.table import ENGINES
+from fedsim.models.zoo import MODELS
+from fedsim.strategies.strategy import STRATEGIES
+from fedsim.training.optimizers import OPTIMIZERS
+
+Factory = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of component.
+
+    path: dotted key in the config. table: YAML name -> factory.
+    context: parameter names that fedsim supplies; every other parameter of a factory is a YAML key.
+    """
+
+    path: str
+    table: Mapping[str, Factory]
+    context: frozenset[str] = frozenset()
+
+
+KINDS: dict[str, Kind] = {
+    "datasets": Kind("data.dataset", DATASETS, frozenset({"root", "key", "progress"})),
+    "splits": Kind("data.split", SPLITS, frozenset({"labels", "num_clients", "key", "columns"})),
+    "models": Kind("model", MODELS, frozenset({"input_shape", "num_classes"})),
+    "optimizers": Kind("train.optimizer", OPTIMIZERS),
+    "strategies": Kind("strategy", STRATEGIES),
+    "engines": Kind("engine", ENGINES),
+}

@@ -1,0 +1,124 @@
+"""fedsim as two Flower apps: a client that trains on a message, and a server that runs fedsim's own round loop.
+
+The apps know no runtime. ``run_in_process`` puts them on the in-process grid.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+
+from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedsim.engines.engine import Cohorts, Job, client_key, collect
+from fedsim.engines.flower import messages as m
+from fedsim.engines.flower.grid import ClientAppError, InProcessGrid
+from fedsim.engines.flower.process import RUN_ID, SERVER_NODE, quiet_log, task_identity
+from fedsim.errors import ClientError
+from fedsim.records import Broadcast, ClientUpdate, CohortUpdate, Examples, Params
+from fedsim.training.client import train_client
+from fedsim.training.evaluate import Scores, score
+
+CHUNK = 16  # messages under way at once; bounds the replies in memory, does not change the result
+
+
+def client_app(job: Job) -> ClientApp:
+    """A client: trains on every ``train`` message with the data of its node's ``partition-id``.
+
+    Its state lives in ``context.state``, where every runtime of Flower keeps it between the node's messages; it is
+    never in a message.
+    """
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        broadcast, client, key = m.read_train(message.content)
+        if client != context.node_config["partition-id"]:
+            raise ValueError(f"got a message for client {client}, being {context.node_config['partition-id']}")
+        state = m.read_state(context.state) or job.strategy.local.init(broadcast.params)
+        result = train_client(job.work, broadcast, client, job.data.client(client), state=state, key=key)
+        context.state = m.state_content(result.state)
+        return Message(m.update_content(result), reply_to=message)
+
+    return app
+
+
+def server_app(loop: Callable[[Cohorts], None], cohorts: Callable[[Grid], Cohorts]) -> ServerApp:
+    """A server: calls ``loop`` once, with the cohorts that ``cohorts`` makes of its grid."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        loop(cohorts(grid))
+
+    return app
+
+
+@dataclass(frozen=True)
+class GridCohorts:
+    """Cohorts whose clients are nodes of a grid.
+
+    nodes: node id of each client.
+    states: ``context.state`` by node, where the server can reach it. The round loop owns all client states, because it
+        saves them with its checkpoints: they are laid down here before a client trains, and taken away after.
+    """
+
+    grid: Grid
+    job: Job
+    nodes: Sequence[int]
+    states: MutableMapping[int, RecordDict]
+
+    def run_cohort(
+        self, broadcast: Broadcast, clients: Sequence[int], states: Mapping[int, Params], key: int
+    ) -> CohortUpdate:
+        """See ``Cohorts.run_cohort``. Bytes are those of message contents as Flower serialises them."""
+        packed, received = m.pack_broadcast(broadcast), [0]
+        contents = {k: m.train_content(packed, k, client_key(key, k)) for k in sorted(clients)}
+
+        def results() -> Iterator[ClientUpdate]:
+            for start in range(0, len(contents), CHUNK):
+                chunk = dict(itertools.islice(contents.items(), start, start + CHUNK))
+                self.states.update({self.nodes[k]: m.state_content(states[k]) for k in chunk if k in states})
+                for client, content in self._exchange(chunk, broadcast.round):
+                    received[0] += m.content_bytes(content)
+                    yield self._update(content, broadcast, client)
+
+        down = sum(m.content_bytes(content) for content in contents.values())
+        return collect(self.job, broadcast, results(), bytes_up=lambda: received[0], bytes_down=down)
+
+    def evaluate(self, broadcast: Broadcast, examples: Examples) -> Scores:
+        """See ``Cohorts.evaluate``; on the server, like in every engine."""
+        return score(self.job.work.model, broadcast.params, broadcast.buffers, examples)
+
+    def _exchange(self, contents: Mapping[int, RecordDict], round: int) -> Iterator[tuple[int, RecordDict]]:
+        """Send every client its content and give back the contents of their replies, in the same order."""
+        sent = {
+            client: Message(content, self.nodes[client], MessageType.TRAIN, group_id=str(round))
+            for client, content in contents.items()
+        }
+        replies = {r.metadata.reply_to_message_id: r for r in self.grid.send_and_receive(sent.values())}
+        for client, message in sent.items():
+            reply = replies.pop(message.metadata.message_id, None)
+            if reply is None:
+                raise ClientError(round, client, "no reply")
+            if reply.has_error():
+                cause = reply.error.cause if isinstance(reply.error, ClientAppError) else None
+                raise ClientError(round, client, str(reply.error.reason)) from cause
+            yield client, reply.content
+
+    def _update(self, content: RecordDict, broadcast: Broadcast, client: int) -> ClientUpdate:
+        """The update of a reply, with the state that its client keeps."""
+        state = m.read_state(self.states.pop(self.nodes[client], RecordDict()))
+        try:
+            return replace(m.read_update(content, broadcast, client), state=state)
+        except ValueError as error:
+            raise ClientError(broadcast.round, client, f"the reply is not a valid update: {error}") from error
+
+
+def run_in_process(job: Job, loop: Callable[[Cohorts], None]) -> None:
+    """Run the loop as a ServerApp and each client as a node of an in-process grid; what the loop raises comes out."""
+    grid = InProcessGrid(client_app(job), job.data.num_clients)
+    context = Context(RUN_ID, SERVER_NODE, {}, RecordDict(), {})
+    with quiet_log(), task_identity():
+        server_app(loop, lambda own: GridCohorts(own, job, grid.nodes, grid.states))(grid, context)

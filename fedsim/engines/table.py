@@ -1,0 +1,9 @@
+"""The table of engines."""
+
+from collections.abc import Callable
+
+from fedsim.engines.engine import Engine
+from fedsim.engines.flower import flower
+from fedsim.engines.reference import reference
+
+ENGINES: dict[str, Callable[..., Engine]] = {"reference": reference, "flower": flower}

@@ -1,0 +1,1 @@
+"""Parts of models: normalisation, layers that draw random numbers, and the protocol by which those get their keys."""

@@ -1,0 +1,143 @@
+"""Writing a run folder while a run goes on, and how the run ended, however it ends."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fedsim import runs
+from fedsim.data import heterogeneity
+from fedsim.data.federated import FederatedData
+from fedsim.errors import FedsimError, RunError
+from fedsim.federation import RoundResult
+from fedsim.records import ClientEvaluation, RoundRecord
+from fedsim.summary import Metrics, Status, summarize
+
+SPLIT_DETAIL_CLIENTS = 2000  # split.json lists every client up to here
+
+OnRound = Callable[[RoundRecord], None]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What summary.json says of a run beside its results. ``rounds`` is the planned number."""
+
+    name: str
+    model: str
+    parameters: int
+    clients: int
+    input_shape: tuple[int, ...]
+    num_classes: int
+    rounds: int
+    target_accuracy: float | None
+
+
+class Recording:
+    """A context in which a run writes its folder; on leaving, summary.json says finished, failed or interrupted.
+
+    A folder with rounds in it is continued.
+    """
+
+    def __init__(self, folder: Path, facts: Facts, on_round: OnRound) -> None:
+        self.folder, self.facts, self.on_round = folder, facts, on_round
+        reader = runs.RunFolder(folder)
+        found = reader.summary().get("initial")
+        self.initial = Metrics(**found) if found else None
+        self.rounds = reader.rounds()
+
+    def __enter__(self) -> "Recording":
+        return self
+
+    def take(self, result: RoundResult) -> None:
+        """Write one round: its lines first, then the checkpoint that makes them count."""
+        record = result.record
+        if record.round == 0:
+            self.initial = Metrics(0, record.loss, record.accuracy)
+            self._write("running")
+        else:
+            runs.append_round(self.folder, record, result.evaluations)
+            self.rounds.append(record)
+        runs.save_checkpoint(self.folder, result.state)
+        if record.round > 0:
+            self.on_round(record)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Say how it ended. A folder that cannot be written to any more becomes a RunError."""
+        if error is None:
+            self._finish()
+        elif isinstance(error, KeyboardInterrupt):
+            self._write("interrupted")
+        else:
+            what = str(error) if isinstance(error, FedsimError) else f"{type(error).__name__}: {error}"
+            with contextlib.suppress(OSError):  # the disk is full, most likely; the last checkpoint stands
+                self._write("failed", what)
+            if isinstance(error, OSError):
+                raise RunError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
+
+    def _finish(self) -> None:
+        state = runs.load_checkpoint(self.folder)
+        runs.save_model(self.folder, state.params, state.buffers, {"name": self.facts.name})
+        self._write("finished")
+
+    def _write(self, status: Status, error: str | None = None) -> None:
+        content = _summary(self.facts, self.rounds, self.initial, status, error)
+        runs.write_json(self.folder / "summary.json", content)
+
+
+def _summary(
+    facts: Facts, rounds: Sequence[RoundRecord], initial: Metrics | None, status: Status, error: str | None = None
+) -> dict[str, Any]:
+    """Everything in summary.json."""
+    return {
+        "format": runs.FORMAT,
+        "name": facts.name,
+        "status": status,
+        "error": error,
+        **summarize(rounds, initial, planned=facts.rounds, target=facts.target_accuracy),
+        "clients": facts.clients,
+        "model": {
+            "name": facts.model,
+            "parameters": facts.parameters,
+            "input_shape": list(facts.input_shape),
+            "num_classes": facts.num_classes,
+        },
+    }
+
+
+def record_rounds(
+    folder: Path, facts: Facts, lines: Iterable[tuple[RoundRecord, tuple[ClientEvaluation, ...]]]
+) -> None:
+    """Write rounds that are all there already, and a summary, to a folder without checkpoint or model."""
+    records = []
+    for record, evaluations in lines:
+        runs.append_round(folder, record, evaluations)
+        records.append(record)
+    runs.write_json(folder / "summary.json", _summary(facts, records, None, "finished"))
+
+
+def split_facts(data: FederatedData) -> dict[str, Any]:
+    """What split.json holds: sizes, label counts and heterogeneity of the split.
+
+    Beyond 2,000 clients the lists by client are null and the summary remains.
+    """
+    counts = heterogeneity.label_counts(data.train.labels, data.partition, data.num_classes)
+    detailed = data.num_clients <= SPLIT_DETAIL_CLIENTS
+    lists = {
+        "sizes": data.partition.sizes(),
+        "counts": counts,
+        "test_sizes": data.test_partition.sizes(),
+        "effective_classes": heterogeneity.effective_classes(counts),
+        "earth_movers_distance": heterogeneity.earth_movers_distance(counts),
+    }
+    return {
+        "num_clients": data.num_clients,
+        "num_examples": len(data.partition.indices),
+        "num_classes": data.num_classes,
+        "class_names": list(data.class_names),
+        **{name: array.tolist() if detailed else None for name, array in lists.items()},
+        "summary": heterogeneity.summary(counts),
+    }

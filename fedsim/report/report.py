@@ -1,0 +1,119 @@
+"""The page of one run: ``fedsim report RUN`` makes RUN/report.html, a single file that asks the network for nothing."""
+
+import html
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from markupsafe import Markup
+
+from fedsim import runs
+from fedsim.report import sections
+from fedsim.report.page import ABSENT, duration, leaves, number, percent, render, size
+from fedsim.report.results import Point, Results, results
+
+_KEY = re.compile(r"^( *(?:- )*)([^\s:#'&\"-][^:\n]*)(?=:(?: |$))", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One headline number; ``value`` is the exact one, where there is one."""
+
+    label: str
+    text: str
+    detail: str = ""
+    value: float | None = None
+
+
+def write(folder: Path) -> Path:
+    """Make ``folder``/report.html from a run folder, whole or broken off.
+
+    Returns:
+        The file written.
+
+    Raises:
+        DataError: not a run folder, or one of its files is damaged.
+    """
+    path = folder / "report.html"
+    runs.write_bytes(path, page(runs.open_run(folder)))
+    return path
+
+
+def page(run: runs.RunFolder) -> bytes:
+    """The page of a run; the same folder content gives the same bytes."""
+    found, evaluations, facts, config = results(run), run.clients(), run.split(), run.config()
+    return render(
+        "report.html",
+        title=found.name,
+        folder=run.path.resolve().name,
+        found=found,
+        about=_about(config),
+        tiles=_tiles(found, facts, config),
+        sections=[
+            sections.learning(found),
+            sections.clients(evaluations),
+            sections.split(facts, evaluations),
+            sections.rounds(found),
+        ],
+        config=_highlighted(config),
+        environment={key: _plain(value) for key, value in leaves(run.environment()).items()},
+    )
+
+
+def _about(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was run, in a line: the names of the main components."""
+    data = config.get("data") or {}
+    named = {
+        "dataset": data.get("dataset"),
+        "split": data.get("split"),
+        **{key: config.get(key) for key in ("model", "strategy", "engine")},
+    }
+    names = {key: value.get("name") if isinstance(value, Mapping) else value for key, value in named.items()}
+    return [(key, str(name)) for key, name in names.items() if name]
+
+
+def _tiles(found: Results, facts: Mapping[str, Any], config: Mapping[str, Any]) -> list[Tile]:
+    final, best, first = found.final, found.best, found.initial
+    before = "" if first.accuracy is None else f"from {percent(first.accuracy)}"
+    planned = f"of {number(found.planned)} planned" if found.planned else ""
+    clients = facts.get("num_clients") or (config.get("data") or {}).get("clients")
+    cohort = (config.get("train") or {}).get("clients_per_round")
+    tiles = [
+        Tile("Final accuracy", percent(final.accuracy), before, final.accuracy),
+        Tile("Best accuracy", percent(best.accuracy), _after(best), best.accuracy),
+        Tile("Final loss", number(final.loss), _after(final), final.loss),
+        Tile("Rounds", number(len(found.rounds)), planned, len(found.rounds)),
+    ]
+    if found.target is not None:
+        reached = "not reached" if found.rounds_to_target is None else number(found.rounds_to_target)
+        tiles.append(Tile(f"Rounds to {percent(found.target, None)}", reached, "", found.rounds_to_target))
+    tiles += [
+        Tile("Clients", number(clients), f"{cohort} in a round" if cohort else "", clients),
+        Tile("Sent up", size(found.bytes_up), "clients to server", found.bytes_up),
+        Tile("Sent down", size(found.bytes_down), "server to clients", found.bytes_down),
+        Tile("Wall time", duration(found.seconds), "", found.seconds),
+    ]
+    if found.epsilon is not None:
+        tiles.append(Tile("Epsilon", number(found.epsilon), "privacy spent", found.epsilon))
+    return tiles
+
+
+def _after(point: Point) -> str:
+    return "" if point.round is None else f"after round {point.round}"
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return ABSENT
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
+
+
+def _highlighted(config: Mapping[str, Any]) -> Markup:
+    """The config as YAML with its keys marked."""
+    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=100)
+    return Markup(_KEY.sub(r"\1<b>\2</b>", html.escape(text, quote=False)))
