@@ -42,10 +42,11 @@ def npz(root: Path | None = None, *, path: str) -> Dataset:
     """
     file = _below(root, path)
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        archive = np.load(file, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise DataError(f"{file}: one bare array (.npy), not an .npz archive of named arrays")
+        with archive:
             arrays = {name: archive[name] for name in archive.files}
-    except AttributeError as error:  # np.load gives a bare array for .npy
-        raise DataError(f"{file}: not an .npz archive of arrays") from error
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
     return from_arrays(file.stem, arrays, str(file))
