@@ -79,7 +79,7 @@ class GridCohorts:
         def results() -> Iterator[ClientUpdate]:
             for start in range(0, len(contents), CHUNK):
                 chunk = dict(itertools.islice(contents.items(), start, start + CHUNK))
-                self.states.update({self.nodes[k]: m.state_content(states[k]) for k in chunk if k in states})
+                self.states.update({self.nodes[k]: m.state_content(states.get(k, {})) for k in chunk})
                 for client, content in self._exchange(chunk, broadcast.round):
                     received[0] += m.content_bytes(content)
                     yield self._update(content, broadcast, client)

@@ -143,6 +143,8 @@ class InProcessGrid(Grid):
             reply = self._client_app(_received(message), context)
         if not isinstance(reply, Message):
             raise TypeError(f"a client app must return a Message, got {type(reply).__name__}")
+        if reply.metadata.reply_to_message_id != message.metadata.message_id:
+            raise ValueError("a client app must return a reply to the message it got")
         if context.state:
             self.states[node] = context.state
         else:
