@@ -17,6 +17,9 @@ from fedsim.report.results import Results, curve, results
 from fedsim.runs import RunFolder
 
 _LABELS = ("name", "output")  # say what a run is called and where it lies, not what it does
+# With more differing settings than this a legend has the names of the runs, if they differ, and a table of runs has
+# the settings after the outcome.
+MAX_LABEL_KEYS = 4
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,9 @@ def compare(folders: list[RunFolder]) -> Comparison:
         Run(folder.path.resolve().name, results(folder), own, order[mark])
         for folder, own, mark in zip(folders, settings, marks, strict=True)
     )
-    groups = (_group([run for run in compared if run.group == i], differing) for i in range(len(order)))
-    return Comparison(compared, differing, tuple(groups))
+    members = [[run for run in compared if run.group == i] for i in range(len(order))]
+    named = len(differing) > MAX_LABEL_KEYS and len({own[0].results.name for own in members}) == len(members)
+    return Comparison(compared, differing, tuple(_group(own, differing, named) for own in members))
 
 
 def _written(settings: dict[str, Any], key: str) -> str:
@@ -94,12 +98,13 @@ def _written(settings: dict[str, Any], key: str) -> str:
     return json.dumps(settings[key], default=str) if key in settings else ""
 
 
-def _group(members: Sequence[Run], differing: Sequence[str]) -> Group:
+def _group(members: Sequence[Run], differing: Sequence[str], named: bool) -> Group:
     own = members[0].settings
     shown = {key: _shown(own, key) for key in differing if key != "seed"}
+    label = "" if named else ", ".join(f"{key}={text}" for key, text in shown.items() if key in own)
     ended = [run.results for run in members if run.results.status == "finished"]
     return Group(
-        label=", ".join(f"{k}={text}" for k, text in shown.items() if k in own) or members[0].results.name,
+        label=label or members[0].results.name,
         settings=shown,
         seeds=tuple(run.settings.get("seed") for run in members),
         accuracy=_statistic(r.final.accuracy for r in ended),
@@ -130,17 +135,18 @@ def rows(comparison: Comparison) -> list[dict[str, str]]:
 
 def _row(run: Run, differing: Sequence[str], with_target: bool) -> dict[str, str]:
     found = run.results
-    row = {
-        "run": run.folder,
-        "status": found.status,
-        **{key: _shown(run.settings, key) for key in differing},
+    settings = {key: _shown(run.settings, key) for key in differing}
+    outcome = {
         "rounds": number(len(found.rounds)),
         "accuracy": percent(found.final.accuracy),
         "best accuracy": percent(found.best.accuracy),
+        **({"rounds to target": _to_target(found)} if with_target else {}),
+        "up": size(found.bytes_up),
+        "down": size(found.bytes_down),
+        "time": duration(found.seconds),
     }
-    if with_target:
-        row["rounds to target"] = _to_target(found)
-    return row | {"up": size(found.bytes_up), "down": size(found.bytes_down), "time": duration(found.seconds)}
+    first, then = (settings, outcome) if len(settings) <= MAX_LABEL_KEYS else (outcome, settings)
+    return {"run": run.folder, "status": found.status} | first | then
 
 
 def _to_target(found: Results) -> str:

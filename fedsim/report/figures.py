@@ -40,7 +40,7 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.labelpad": 7,  # room for the larger text that style.css gives to phones
+    "axes.labelpad": 11,  # room for the larger text that style.css gives to phones
     "axes.linewidth": 0.8,
     "axes.xmargin": 0.02,
     "grid.color": GRID,
@@ -153,8 +153,7 @@ def split_heatmap(split: Mapping[str, Any]) -> Figure:
     clients, classes = counts.shape
     rows, group = _grouped(counts)  # (rows, classes)
     edges = np.minimum(np.arange(len(rows) + 1) * group, clients) - 0.5
-    height = float(np.clip(90 + 16 * clients, 250, 520))
-    fig, (heat, bars) = _figure(1, 2, height=height, width_ratios=[4, 1], sharey=True)
+    fig, (heat, bars) = _figure(1, 2, height=_split_height(clients), width_ratios=[4, 1], sharey=True)
     image = heat.imshow(
         np.ma.masked_equal(rows, 0),
         aspect="auto",
@@ -178,6 +177,10 @@ def split_heatmap(split: Mapping[str, Any]) -> Figure:
     bar.set_label("examples of a class that a client holds")
     bar.locator = ticker.MaxNLocator(5, integer=True)
     return fig
+
+
+def _split_height(clients: int) -> float:
+    return min(max(90 + 16 * clients, 320), 520)
 
 
 def _grouped(counts: Floats) -> tuple[Floats, int]:
@@ -212,7 +215,7 @@ def _short(name: str, limit: int = 14) -> str:
 @_STYLED
 def split_skew(effective_classes: Sequence[float], distance: Sequence[float], num_classes: int) -> Figure:
     """Two histograms over clients: effective number of classes, and distance of the label mix from that of all."""
-    fig, (first, second) = _figure(2, height=HEIGHT + 120)
+    fig, (first, second) = _figure(2, height=_split_height(len(distance)))
     _bars(first, effective_classes, (1, max(num_classes, 2)))
     _bars(second, distance, (0, 2 if max(distance, default=0) > 1 else 1))
     _label(first, x=f"effective classes (of {num_classes})", y="clients")

@@ -63,7 +63,6 @@ def render(template: str, **values: Any) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "size": size, "duration": duration, "number": number}
     stylesheet = Markup((_HERE / "style.css").read_text())
     return environment.get_template(template).render(stylesheet=stylesheet, **values).encode()
 
@@ -78,7 +77,10 @@ def curve_chart(
     series = [s for s in series if len(s.x) >= 2]
     if not series:
         return Chart(title, note=f"Fewer than two rounds have a value for {y}, so there is no curve to draw.")
-    divisor, unit = _byte_unit(max(max(s.x) for s in series)) if x == "bytes" else (1, "")
+    longest = max(max(s.x) for s in series)
+    if x == "bytes" and longest == 0:
+        return Chart(title, note="Nothing was sent, so there is no traffic to draw against.")
+    divisor, unit = _byte_unit(longest) if x == "bytes" else (1, "")
     scaled = [dataclasses.replace(s, x=[value / divisor for value in s.x]) for s in series]
     label = f"traffic, both directions ({unit})" if x == "bytes" else x
     figure = figures.curves(scaled, x=label, y=y, percent=fraction, target=target)

@@ -122,7 +122,9 @@ def split(facts: Mapping[str, Any], evaluations: Sequence[ClientEvaluation]) -> 
     lead = f"{number(num_clients)} clients hold {number(facts.get('num_examples'))} examples of {num_classes} classes"
     if not sizes:
         return Section(title, f"{lead}; they are too many to list one by one.", facts=summary)
-    lead += f": between {number(min(sizes))} and {number(max(sizes))} each, median {number(float(np.median(sizes)))}."
+    least, most = min(sizes), max(sizes)
+    median = number(float(np.median(sizes)))
+    lead += f": {least} each." if least == most else f": between {least:,} and {most:,} each, median {median}."
     charts = []
     if facts.get("counts"):
         told = f"{num_clients} clients by {num_classes} classes"
@@ -177,8 +179,8 @@ def _summary(facts: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
         name, _, kind = key.rpartition("_")
         low, high = facts.get(f"{name}_min"), facts.get(f"{name}_max")
         if kind == "mean":
-            shown[name] = f"{number(value)} ({number(low)} to {number(high)})"
-        elif kind not in ("min", "max"):
+            shown[name] = f"mean {number(value)} ({number(low)} to {number(high)})"
+        elif kind not in ("min", "max") and key != "clients":  # the lead says that one
             shown[key] = number(value)
     return tuple((key.replace("emd", "earth mover's distance").replace("_", " "), text) for key, text in shown.items())
 
