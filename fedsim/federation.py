@@ -73,7 +73,8 @@ def cohort(federation: Federation, round: int) -> Indices:
     key, n = rng.fold(federation.seed, "round", round, "cohort"), federation.data.num_clients
     if federation.sampling == "fixed":
         return rng.choice(key, n, federation.clients_per_round).numpy()
-    return np.flatnonzero(rng.bernoulli(key, federation.clients_per_round / n, n).numpy())
+    draws = rng.uniform(key, n, dtype=torch.float64)  # float32 is too coarse for one client out of a million
+    return np.flatnonzero((draws < federation.clients_per_round / n).numpy())
 
 
 def run(
@@ -133,7 +134,8 @@ def _step(federation: Federation, state: ServerState, result: CohortUpdate, roun
         return replace(state, round=round)
     params, server = federation.strategy.server.step(state.params, result.update, state.server)
     if not all_finite(params):
-        raise RunError(f"round {round}: the global model is no longer finite; a smaller strategy.server_lr may help")
+        steps = "smaller steps (train.optimizer.lr, strategy.server_lr) may help"
+        raise RunError(f"round {round}: the global model is no longer finite; {steps}")
     buffers = state.buffers if result.buffers is None else result.buffers
     return ServerState(round, params, buffers, server, {**state.clients, **result.states})
 

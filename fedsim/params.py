@@ -120,19 +120,29 @@ def weighted_mean(stacked: Params, weights: Tensor) -> Params:
     """``sum_k w_k x_k / sum_k w_k`` over the leading axis.
 
     Args:
-        stacked: tensors (clients, *shape).
+        stacked: floating-point tensors (clients, *shape).
         weights: (clients,), >= 0, sum > 0.
 
     Returns:
         Tensors (*shape), same dtypes.
 
     Raises:
-        ValueError: a weight is negative, or all are 0.
+        ValueError: a weight is negative or not finite, or all are 0; not one weight each; integers.
     """
-    if bool((weights < 0).any()) or float(weights.sum()) <= 0:
-        raise ValueError(f"weights must be >= 0 with a positive sum, got {weights.tolist()}")
+    if not bool(((weights >= 0) & torch.isfinite(weights)).all()) or float(weights.sum()) <= 0:
+        raise ValueError(f"weights must be finite and >= 0 with a positive sum, got {weights.tolist()}")
+    for name, tensor in stacked.items():
+        if tensor.shape[:1] != weights.shape:
+            raise ValueError(f"{name}: needs one entry for each of {len(weights)} weights, got {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: a mean needs floating-point tensors, got {tensor.dtype}")
     share = weights.double() / weights.double().sum()
     return {name: torch.tensordot(share.to(t.dtype), t, dims=1) for name, t in stacked.items()}
+
+
+def separate(tensor: Tensor) -> Tensor:
+    """A contiguous copy. safetensors refuses tensors that share memory, which pure functions may well return."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def same_bits(a: Params, b: Params) -> bool:
@@ -143,4 +153,4 @@ def same_bits(a: Params, b: Params) -> bool:
 
 
 def _raw(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    return tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor.new_zeros(0)

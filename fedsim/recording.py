@@ -1,7 +1,8 @@
 """Writing a run folder while a run goes on, and how the run ended, however it ends."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -48,35 +49,38 @@ class Recording:
         self.rounds = reader.rounds()
 
     def __enter__(self) -> "Recording":
+        with _writing(self.folder):
+            self._write("running")
         return self
 
     def take(self, result: RoundResult) -> None:
         """Write one round: its lines first, then the checkpoint that makes them count."""
         record = result.record
-        if record.round == 0:
-            self.initial = Metrics(0, record.loss, record.accuracy)
-            self._write("running")
-        else:
-            runs.append_round(self.folder, record, result.evaluations)
-            self.rounds.append(record)
-        runs.save_checkpoint(self.folder, result.state)
+        with _writing(self.folder):
+            if record.round == 0:
+                self.initial = Metrics(0, record.loss, record.accuracy)
+                self._write("running")
+            else:
+                runs.append_round(self.folder, record, result.evaluations)
+                self.rounds.append(record)
+            runs.save_checkpoint(self.folder, result.state)
         if record.round > 0:
             self.on_round(record)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Say how it ended. A folder that cannot be written to any more becomes a RunError."""
+        """Say how it ended."""
         if error is None:
-            self._finish()
-        elif isinstance(error, KeyboardInterrupt):
-            self._write("interrupted")
-        else:
-            what = str(error) if isinstance(error, FedsimError) else f"{type(error).__name__}: {error}"
-            with contextlib.suppress(OSError):  # the disk is full, most likely; the last checkpoint stands
+            with _writing(self.folder):
+                self._finish()
+            return
+        with contextlib.suppress(OSError):  # the disk is full, most likely; the last checkpoint stands
+            if isinstance(error, KeyboardInterrupt):
+                self._write("interrupted")
+            else:
+                what = str(error) if isinstance(error, FedsimError) else f"{type(error).__name__}: {error}"
                 self._write("failed", what)
-            if isinstance(error, OSError):
-                raise RunError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
 
     def _finish(self) -> None:
         state = runs.load_checkpoint(self.folder)
@@ -86,6 +90,15 @@ class Recording:
     def _write(self, status: Status, error: str | None = None) -> None:
         content = _summary(self.facts, self.rounds, self.initial, status, error)
         runs.write_json(self.folder / "summary.json", content)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """A folder that cannot be written to any more is a RunError; an OSError of an engine or a hook is not this one."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
 def _summary(
@@ -113,19 +126,20 @@ def record_rounds(
 ) -> None:
     """Write rounds that are all there already, and a summary, to a folder without checkpoint or model."""
     records = []
-    for record, evaluations in lines:
-        runs.append_round(folder, record, evaluations)
-        records.append(record)
-    runs.write_json(folder / "summary.json", _summary(facts, records, None, "finished"))
+    with _writing(folder):
+        for record, evaluations in lines:
+            runs.append_round(folder, record, evaluations)
+            records.append(record)
+        runs.write_json(folder / "summary.json", _summary(facts, records, None, "finished"))
 
 
-def split_facts(data: FederatedData) -> dict[str, Any]:
-    """What split.json holds: sizes, label counts and heterogeneity of the split.
+def split_facts(data: FederatedData, list_up_to: float = math.inf) -> dict[str, Any]:
+    """Sizes, label counts and heterogeneity of the split; the content of split.json.
 
-    Beyond 2,000 clients the lists by client are null and the summary remains.
+    With more clients than ``list_up_to`` the lists by client are None and the summary remains.
     """
     counts = heterogeneity.label_counts(data.train.labels, data.partition, data.num_classes)
-    detailed = data.num_clients <= SPLIT_DETAIL_CLIENTS
+    detailed = data.num_clients <= list_up_to
     lists = {
         "sizes": data.partition.sizes(),
         "counts": counts,

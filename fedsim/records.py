@@ -10,6 +10,8 @@ from torch import Tensor
 Params = dict[str, Tensor]
 Indices = npt.NDArray[np.int64]
 
+IGNORED = -100  # a label that counts neither in a loss nor in an accuracy: padding of short texts
+
 
 @dataclass(frozen=True)
 class Examples:

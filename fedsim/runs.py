@@ -14,18 +14,20 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
 import yaml
 
-from fedsim.errors import DataError
+from fedsim.errors import ConfigError, DataError
+from fedsim.params import separate
 from fedsim.records import ClientEvaluation, Params, RoundRecord, ServerState
 
 FORMAT = 1  # of the run folder; raised when an older fedsim could not read the result
 
 _STATE = "checkpoint/state.json"
+_Record = TypeVar("_Record", RoundRecord, ClientEvaluation)
 
 
 # ---------------------------------------------------------------- writing
@@ -35,7 +37,7 @@ def create(output: Path, name: str) -> Path:
     """Make a new, empty run folder ``output/name-YYYY-MM-DD-n`` with the first free n.
 
     Raises:
-        DataError: the folder cannot be made.
+        ConfigError: the folder cannot be made.
     """
     today = datetime.date.today().isoformat()
     try:
@@ -48,8 +50,8 @@ def create(output: Path, name: str) -> Path:
                 continue
             return folder
     except OSError as error:
-        raise DataError(f"output: cannot make a run folder in {output}: {error.strerror or error}") from error
-    raise DataError(f"output: no free run folder name left in {output}")
+        raise ConfigError(f"output: cannot make a run folder in {output}: {error.strerror or error}") from error
+    raise ConfigError(f"output: no free run folder name left in {output}")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -97,7 +99,7 @@ def _finite(value: Any) -> Any:
 
 def save_model(folder: Path, params: Params, buffers: Params, metadata: Mapping[str, str]) -> None:
     """Write the global model, parameters and buffers under their ``state_dict`` names."""
-    tensors = {name: tensor.contiguous() for name, tensor in {**params, **buffers}.items()}
+    tensors = {name: separate(tensor) for name, tensor in {**params, **buffers}.items()}
     write_bytes(folder / "model.safetensors", safetensors.torch.save(tensors, metadata=dict(metadata)))
 
 
@@ -108,12 +110,12 @@ def save_checkpoint(folder: Path, state: ServerState) -> None:
     """
     groups: dict[str, Params] = {"params": state.params, "buffers": state.buffers, "server": state.server}
     groups |= {f"clients/{client}": own for client, own in state.clients.items()}
-    tensors = {f"{group}/{name}": t.contiguous() for group, own in groups.items() for name, t in own.items()}
-    data = safetensors.torch.save(tensors)
+    tensors = {f"{group}/{name}": separate(t) for group, own in groups.items() for name, t in own.items()}
+    data = safetensors.torch.save(tensors)  # which sorts; the order of parameters is in state.json
     file = f"state-{state.round:06d}.safetensors"
     write_bytes(folder / "checkpoint" / file, data)
     facts = {"format": FORMAT, "round": state.round, "file": file, "bytes": len(data), "sha256": _digest(data)}
-    write_json(folder / _STATE, facts)
+    write_json(folder / _STATE, {**facts, "order": list(tensors)})
     for old in (folder / "checkpoint").glob("state-*.safetensors"):
         if old.name != file:
             old.unlink(missing_ok=True)
@@ -128,11 +130,11 @@ def trim(folder: Path, last_round: int) -> None:
     for name in ("rounds.jsonl", "clients.jsonl"):
         path = folder / name
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _round_of(line) <= last_round]
-            write_bytes(path, "".join(line + "\n" for line in kept).encode())
+            kept = [line for line in _read(path).split(b"\n")[:-1] if _round_of(line) <= last_round]
+            write_bytes(path, b"".join(line + b"\n" for line in kept))
 
 
-def _round_of(line: str) -> float:
+def _round_of(line: bytes) -> float:
     try:
         return int(json.loads(line)["round"])
     except (ValueError, KeyError, TypeError):
@@ -150,7 +152,14 @@ class RunFolder:
 
     def config(self) -> dict[str, Any]:
         """The fully resolved config."""
-        return dict(yaml.safe_load(_read(self.path / "config.yaml")))
+        path = self.path / "config.yaml"
+        try:
+            content = yaml.safe_load(_read(path))
+        except (yaml.YAMLError, ValueError) as error:
+            raise DataError(f"{path}: not whole YAML ({error})") from error
+        if not isinstance(content, dict):
+            raise DataError(f"{path}: expected a mapping, found {type(content).__name__}")
+        return content
 
     def environment(self) -> dict[str, Any]:
         """Versions, host, device, threads and git state of the run; {} if the run broke off before it was written."""
@@ -166,12 +175,12 @@ class RunFolder:
 
     def rounds(self) -> list[RoundRecord]:
         """Every whole round, in order."""
-        records = [RoundRecord(**line) for line in self._lines("rounds.jsonl")]
+        records = self._records("rounds.jsonl", RoundRecord)
         return [dataclasses.replace(r, skipped=tuple(r.skipped)) for r in records]
 
     def clients(self) -> list[ClientEvaluation]:
         """Every client evaluation, in order of round and client."""
-        return [ClientEvaluation(**line) for line in self._lines("clients.jsonl")]
+        return self._records("clients.jsonl", ClientEvaluation)
 
     def model(self) -> Params:
         """The final global model under its ``state_dict`` names, or the last checkpoint's if the run is unfinished."""
@@ -185,21 +194,15 @@ class RunFolder:
         path = self.path / name
         return _json(path) if path.exists() else {}
 
-    def _lines(self, name: str) -> list[dict[str, Any]]:
+    def _records(self, name: str, kind: type[_Record]) -> list[_Record]:
         path = self.path / name
         if not path.exists():
             return []
-        lines = path.read_text().splitlines()
+        lines = _read(path).split(b"\n")[:-1]  # what follows the last line end was cut off when the run was killed
         try:
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
-            if _all_but_last_parse(lines):  # the run was killed while it wrote this line
-                return [json.loads(line) for line in lines[:-1]]
-            raise DataError(f"{path}: not one JSON object per line ({error})") from error
-
-
-def _all_but_last_parse(lines: list[str]) -> bool:
-    return all(_round_of(line) < math.inf for line in lines[:-1])
+            return [kind(**json.loads(line)) for line in lines]
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path}: not one {kind.__name__} per line ({error})") from error
 
 
 def open_run(path: Path | str) -> RunFolder:
@@ -229,7 +232,7 @@ def load_checkpoint(folder: Path) -> ServerState:
     facts = _json(folder / _STATE)
     try:
         path, size, digest = folder / "checkpoint" / str(facts["file"]), int(facts["bytes"]), str(facts["sha256"])
-        round = int(facts["round"])
+        round, order = int(facts["round"]), list(facts["order"])
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / _STATE}: damaged checkpoint, field {error} is missing or wrong") from error
     data = _read(path)
@@ -237,9 +240,13 @@ def load_checkpoint(folder: Path) -> ServerState:
         raise DataError(f"{path}: truncated checkpoint, {len(data)} bytes where {size} were written")
     if _digest(data) != digest:
         raise DataError(f"{path}: damaged checkpoint, its sha256 is not the one in {_STATE}")
+    tensors = _tensors(path, data)
+    if tensors.keys() != set(order):
+        raise DataError(f"{path}: does not hold the tensors that {_STATE} names")
     groups: dict[str, Params] = {"params": {}, "buffers": {}, "server": {}}
     clients: dict[int, Params] = {}
-    for full, tensor in _tensors(path, data).items():
+    for full in order:
+        tensor = tensors[full]
         group, _, name = full.partition("/")
         if group == "clients":
             client, _, name = name.partition("/")

@@ -7,10 +7,7 @@ import torch
 from torch import Tensor
 
 from fedsim.errors import DataError
-from fedsim.records import Dataset, Examples, Indices
-
-IGNORED = -100
-"""Label of a position that losses and accuracies leave out (padding in text)."""
+from fedsim.records import IGNORED, Dataset, Examples, Indices
 
 
 def check(dataset: Dataset) -> None:

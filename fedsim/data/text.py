@@ -21,9 +21,9 @@ from annotated_types import Ge
 from torch import Tensor
 
 from fedsim.data import locations
-from fedsim.data.checks import IGNORED, check
+from fedsim.data.checks import check
 from fedsim.errors import DataError
-from fedsim.records import Dataset, Examples, Indices
+from fedsim.records import IGNORED, Dataset, Examples, Indices
 
 PAD, UNKNOWN = 0, 1
 VOCABULARY = ("<pad>", "<unknown>", "\n", *map(chr, range(32, 127)))

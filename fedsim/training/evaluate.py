@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedsim.records import Examples, Indices, Params
-from fedsim.training.losses import IGNORED
+from fedsim.records import IGNORED, Examples, Indices, Params
 
 BATCH = 500  # examples per forward pass; bounds memory, does not change the result
 

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # a label that counts neither in a loss nor in an accuracy (padding of short texts)
+from fedsim.records import IGNORED
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

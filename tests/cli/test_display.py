@@ -1,0 +1,97 @@
+import io
+import os
+import pty
+import re
+import sys
+
+import pytest
+from rich.console import Console
+
+from fedsim.cli import display
+from fedsim.records import RoundRecord
+
+
+def record(round, **changes):
+    facts = {"loss": 0.5, "accuracy": 0.25, "train_loss": 1.0, "clients": 3, "seconds": 0.125}
+    return RoundRecord(**{"round": round, "bytes_up": 1_000, "bytes_down": 2_000, **facts, **changes})
+
+
+@pytest.mark.parametrize(
+    ("n", "text"), [(0, "0 B"), (999, "999 B"), (1_000, "1.0 kB"), (2_500_000, "2.5 MB"), (7e9, "7.0 GB"), (3e16, "30000.0 TB")]
+)  # fmt: skip
+def test_bytes_for_people(n, text):
+    assert display.si_bytes(n) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, "-"), (0.12345, "12.35%"), (1.0, "100.00%")])
+def test_shares_for_people(value, text):
+    assert display.percent(value) == text
+
+
+def test_lines_are_one_a_round_without_escapes_however_narrow():
+    out = io.StringIO()
+    with display.for_console(Console(file=out, width=20)) as shown:
+        shown.loading("a.gz", 0, 5_000)
+        shown.loading("a.gz", 5_000, 5_000)
+        shown.loading("b.gz", 0, None)
+        shown.begin("title [bold]", 0, 2)
+        shown.round(record(1))
+        shown.round(record(2, loss=None, accuracy=None))
+    assert out.getvalue().splitlines() == [
+        "fetching a.gz (5.0 kB)",
+        "fetching b.gz (size unknown)",
+        "title [bold]",
+        "round 1/2  accuracy 25.00%  loss 0.5000  clients 3  sent 3.0 kB  0.12 s",
+        "round 2/2  accuracy -  loss -  clients 3  sent 6.0 kB  0.12 s",
+    ]
+
+
+class Closed(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError
+
+
+def test_a_closed_pipe_interrupts_a_run_and_ends_a_table(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Closed())
+    console = display.console()
+    with pytest.raises(KeyboardInterrupt), display.Lines(console) as shown:
+        shown.begin("title", 0, 1)
+    with pytest.raises(BrokenPipeError):
+        console.print("x")
+
+
+def test_a_table_tells_what_became_of_a_run():
+    summary = {
+        "status": "finished", "rounds_done": 2, "rounds": 3, "final": {"accuracy": 0.5, "loss": 1.25}, "best": None,
+        "target_accuracy": 0.9, "rounds_to_target": 1.5, "totals": {"bytes_up": 10, "bytes_down": 2000, "seconds": 3},
+    }  # fmt: skip
+    out = io.StringIO()
+    Console(file=out, width=200).print(display.result_table(summary))
+    lines = [re.split(r"\s{2,}", line.strip()) for line in out.getvalue().splitlines()]
+    assert lines == [
+        ["status", "finished"], ["rounds", "2 of 3"], ["accuracy", "50.00% final, - best"], ["loss", "1.2500"],
+        ["90.00% accuracy", "after 1.50 rounds"], ["sent", "10 B up, 2.0 kB down"], ["time", "3.0 s"],
+    ]  # fmt: skip
+
+
+def test_a_terminal_gets_bars_that_move(folder, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    seen = bytearray()
+
+    def read(descriptor: int) -> bytes:
+        data = os.read(descriptor, 4096)
+        seen.extend(data)
+        return b""  # nothing for the real terminal
+
+    code = "import sys; from fedsim.cli import main; sys.argv = ['fedsim', 'run', 'config.yaml']; main()"
+    try:
+        status = pty.spawn([sys.executable, "-c", code], read)
+    except OSError as error:
+        pytest.skip(f"no pseudo-terminal here: {error}")
+    text = seen.decode()
+    assert os.waitstatus_to_exitcode(status) == 0, text
+    assert "\x1b[" in text
+    assert re.search(r"rounds .*2/2", text)
+    assert "round 1/2" not in text
+    assert "finished" in text

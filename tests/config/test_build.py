@@ -1,0 +1,190 @@
+"""From a config to a federation: what foreign components may return, and what is said of those that may not."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+
+from fedsim.config import build
+from fedsim.config.load import load
+from fedsim.errors import ConfigError, DataError
+
+FOREIGN = """
+import numpy as np, torch
+from torch import nn
+from fedsim.strategies.strategy import fedavg
+from fedsim.training.optimizers import sgd
+from fedsim.engines.reference import reference
+
+def arrays(n: int = 60): return np.arange(n * 64, dtype="f4").reshape(n, 1, 8, 8) / n / 64, np.arange(n) % 10
+def tensors(*, n): x, y = arrays(n); return torch.tensor(x), torch.tensor(y)
+def torch_dataset(): return torch.utils.data.TensorDataset(*tensors(n=60))
+def nan(): x, y = arrays(); x[3] = np.nan; return x, y
+def text(): return "text", "text"
+def raises(): raise OSError("no disk")
+def leaves(): raise SystemExit(2)
+def nothing(): return None
+class Lazy(torch.utils.data.Dataset):
+    def __len__(self): return 3
+    def __getitem__(self, i): raise RuntimeError(f"item {i}")
+
+def every_kth(labels, num_clients): return [np.arange(k, len(labels), num_clients) for k in range(num_clients)]
+def two(labels, key): return [[0, 1], torch.tensor([2, 3])]
+def twice(labels): return [[0], [0]]
+def far(): return [[10**6], [1]]
+def halves(): return [[0.5], [1]]
+def ragged(): return [[[1, 2], [3]], [4]]
+def empty(): return [[], [1]]
+
+class Net(nn.Module):
+    def __init__(self, input_shape, num_classes, width=8):
+        super().__init__()
+        wide = nn.Linear(int(np.prod(input_shape)), width)
+        self.body = nn.Sequential(nn.Flatten(), wide, nn.Linear(width, num_classes))
+    def forward(self, x): return self.body(x)
+class Bare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+    def forward(self, x): return self.layer(x.flatten(1))
+class Wrong(Bare):
+    def forward(self, x): return x
+class Crashing(Bare):
+    def __init__(self): raise KeyError("oh")
+"""
+NAMES = (f"foreign_built_{n}" for n in itertools.count())
+
+
+@pytest.fixture
+def made(valid, tmp_path, monkeypatch):
+    """Build the valid config with components changed to those of a foreign module, given as {dotted key: name}."""
+    monkeypatch.syspath_prepend(tmp_path)
+    module = next(NAMES)
+    (tmp_path / f"{module}.py").write_text(FOREIGN)
+
+    def build_with(changes, **more):
+        named = {key: f"{module}:{name}" for key, name in changes.items()}
+        return build.federation(load(valid, {**named, **{k.replace("__", "."): v for k, v in more.items()}}))[0]
+
+    yield build_with
+    sys.modules.pop(module, None)
+
+
+@pytest.mark.parametrize("name", ["arrays", "torch_dataset"])
+def test_a_dataset_may_be_arrays_or_a_torch_dataset(made, name):
+    data = made({"data.dataset": name}).data
+    assert (len(data.train), len(data.test), data.num_classes) == (48, 12, 10)
+    assert data.train.inputs.shape[1:] == (1, 8, 8)
+
+
+def test_a_dataset_function_gets_its_parameters(made):
+    data = made({"data.dataset.name": "tensors"}, data__dataset__n=40).data
+    assert len(data.train) + len(data.test) == 40
+
+
+def test_a_split_may_be_a_list_of_index_arrays(made):
+    partition = made({"data.split": "every_kth"}).data.partition
+    assert partition.num_clients == 6
+    assert partition.client(2)[:3].tolist() == [2, 8, 14]
+
+
+def test_a_split_may_know_its_own_number_of_clients(made):
+    federation = made({"data.split": "two"}, data__clients=None, train__clients_per_round="all")
+    assert federation.clients_per_round == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "entries"), [("Net", None, 64 * 8 + 8 + 90), ("Bare", None, 650), ("Net", 3, 195 + 40)]
+)
+def test_a_model_class_gets_what_it_asks_for(made, name, width, entries):
+    more = {} if width is None else {"model__width": width}
+    model = made({"model.name": name}, **more).work.model
+    assert sum(parameter.numel() for parameter in model.parameters()) == entries
+
+
+def test_foreign_strategies_optimizers_and_engines_work_as_ours_do(made):
+    federation = made({"strategy": "fedavg", "train.optimizer": "sgd", "engine": "reference"})
+    assert federation.strategy.weighting == "examples"
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "message"),
+    [
+        ("data.dataset", "raises", "data.dataset.name: {} raised OSError: no disk"),
+        ("data.dataset", "leaves", "data.dataset.name: {} raised SystemExit: 2"),
+        ("data.dataset", "Lazy", "data.dataset.name: {} raised RuntimeError: item 0"),
+        ("data.split", "nothing", "data.split.name: must make a list with the indices of each client, but {}"),
+        ("data.split", "ragged", "data.split.name: {} raised ValueError: setting an array element"),
+        ("model", "nothing", "model.name: must make a torch.nn.Module, but {} made NoneType"),
+        ("model", "Crashing", "model.name: {} raised KeyError: 'oh'"),
+        ("model", "Wrong", "model.name: {} must return a tensor of shape (2, 10)"),
+        ("strategy", "nothing", "strategy.name: must make fedsim's Strategy, but {} made NoneType"),
+        ("train.optimizer", "arrays", "train.optimizer.name: must make fedsim's Optimizer, but {} made tuple"),
+        ("engine", "nothing", "engine.name: must make an Engine, with drive and describe, but {} made NoneType"),
+    ],
+)  # fmt: skip
+def test_a_foreign_component_that_fails_or_makes_the_wrong_thing_is_named(made, key, name, message):
+    with pytest.raises(ConfigError) as caught:
+        made({key: name})
+    full = next(word.strip(",:") for word in str(caught.value).split() if word.startswith("foreign_built"))
+    assert str(caught.value).startswith(message.format(full))
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "message"),
+    [
+        ("data.dataset", "nothing", "must return a fedsim Dataset, a map-style torch Dataset"),
+        ("data.dataset", "text", "x"),
+        ("data.dataset", "nan", "array x must be finite, got nan at index (3, 0, 0, 0)"),
+        ("data.split", "two", "data.clients: the partition has 2 clients, expected 6"),
+        ("data.split", "twice", "no example may be held twice"),
+        ("data.split", "far", "indices must lie in [0, 1438), got 1000000"),
+        ("data.split", "halves", "the indices of client 0 must be whole numbers"),
+        ("data.split", "empty", "each client needs at least 1 examples, client 0 has 0"),
+    ],
+)
+def test_foreign_data_that_breaks_a_rule_is_a_data_error(made, key, name, message):
+    clients = {} if name == "two" or key == "data.dataset" else {"data__clients": None, "train__clients_per_round": 1}
+    with pytest.raises(DataError) as caught:
+        made({key: name}, **clients)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data.root": "/nowhere"}, DataError, "data.root: folder /nowhere does not exist"),
+        ({"data.clients": 10**12}, DataError, "data.clients: 1000000000000 clients but only 1438 training examples"),
+        ({"data.split": {"name": "natural", "column": "role"}}, ConfigError, "data.split.column: the dataset has no"),
+        ({"model": {"name": "cnn", "kernel": 4}}, ConfigError, "model.kernel: must be odd, got 4"),
+        ({"model": {"name": "cnn", "hidden": 10**12}}, ConfigError, "model: cnn cannot be made: "),
+        ({"model": {"name": "cnn", "hidden": 10**21}}, ConfigError, "model: cnn cannot be made: "),
+        ({"model": "char-lstm"}, ConfigError, "model.name: char-lstm needs token sequences"),
+    ],
+)
+def test_what_only_the_data_shows_is_named_by_its_key(valid, changes, error, message):
+    with pytest.raises(error) as caught:
+        build.federation(load(valid, changes))
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cohort_larger_than_a_natural_split_is_refused(valid):
+    changes = {
+        "data": {"dataset": {"name": "synthetic", "owners": 5}, "split": {"name": "natural", "column": "device"}},
+        "model": "linear",
+        "train.clients_per_round": 6,
+    }
+    rule = r"train\.clients_per_round: must be <= the number of clients of the split \(5\), got 6"
+    with pytest.raises(ConfigError, match=rule):
+        build.federation(load(valid, changes))
+
+
+def test_building_does_not_touch_torchs_generator(valid):
+    before = torch.get_rng_state()
+    first, second = (build.federation(load(valid))[0].work.model.state_dict() for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = build.federation(load(valid, {"seed": 4}))[0].work.model.state_dict()
+    assert any(not torch.equal(first[name], other[name]) for name in first)

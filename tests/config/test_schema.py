@@ -1,0 +1,37 @@
+import pytest
+
+from fedsim.config.schema import cross_problems, default_name
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("data.split", "iid"),
+        ("train.optimizer", "sgd"),
+        ("strategy", "fedavg"),
+        ("model", None),
+        ("data.dataset", None),
+    ],
+)
+def test_some_components_have_a_default(path, name):
+    assert default_name(path) == name
+
+
+@pytest.mark.parametrize(
+    ("clients", "cohort", "split", "found"),
+    [
+        (5, 5, "iid", []),
+        (5, 6, "iid", ["train.clients_per_round: must be <= data.clients (5), got 6"]),
+        (5, "all", "iid", []),
+        (0, 6, "iid", []),  # the range of data.clients is said elsewhere
+        (True, 6, "iid", []),
+        ("5", 6, "iid", []),
+        (None, 6, "natural", []),
+        (None, 6, "file", []),
+        (None, 6, "mine:split", []),
+        (None, 6, "iid", ["data.clients: needed, the split iid does not know how many clients there are"]),
+    ],
+)
+def test_rules_between_keys(clients, cohort, split, found):
+    values = {"data": {}, "data.clients": clients, "train.clients_per_round": cohort, "data.split.name": split}
+    assert cross_problems(values.get) == found

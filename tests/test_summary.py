@@ -1,0 +1,97 @@
+"""Rounds to target against numpy's interpolation, totals against sums by hand."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from fedsim.records import RoundRecord
+from fedsim.summary import Metrics, rounds_to_target, summarize
+
+accuracies = st.lists(st.integers(0, 1000).map(lambda i: i / 1000), min_size=2, max_size=12)
+gaps = st.lists(st.integers(1, 5), min_size=12, max_size=12)
+
+
+def points(accuracy, gap):
+    return [Metrics(int(r), None, a) for r, a in zip(np.cumsum([0, *gap]), accuracy, strict=False)]
+
+
+@given(accuracies, gaps, st.floats(0.001, 1))
+@settings(deadline=None, max_examples=200)
+def test_on_a_rising_curve_it_is_linear_interpolation(accuracy, gap, target):
+    accuracy = sorted(set(accuracy))
+    assume(accuracy[0] < target <= accuracy[-1])
+    curve = points(accuracy, gap)
+    expected = np.interp(target, accuracy, [point.round for point in curve])
+    assert rounds_to_target(curve, target) == pytest.approx(expected, abs=1e-9)
+
+
+@given(accuracies, gaps, st.floats(0.001, 1))
+@settings(deadline=None, max_examples=200)
+def test_any_curve_counts_as_the_best_so_far(accuracy, gap, target):
+    """The running maximum, by numpy, gives the same answer as the curve itself."""
+    best = points(np.maximum.accumulate(accuracy).tolist(), gap)
+    assert rounds_to_target(points(accuracy, gap), target) == rounds_to_target(best, target)
+
+
+@given(accuracies, gaps, st.floats(0.001, 1))
+@settings(deadline=None, max_examples=100)
+def test_it_is_reached_between_the_last_round_below_and_the_first_at_or_above(accuracy, gap, target):
+    curve = points(accuracy, gap)
+    reached = [i for i, value in enumerate(accuracy) if value >= target]
+    found = rounds_to_target(curve, target)
+    if not reached:
+        assert found is None
+    elif reached[0] == 0:
+        assert found == curve[0].round
+    else:
+        assert curve[reached[0] - 1].round < found <= curve[reached[0]].round + 1e-9
+
+
+def test_rounds_without_evaluation_are_passed_over():
+    curve = [Metrics(0, None, 0.2), Metrics(1, None, None), Metrics(2, None, 0.6)]
+    assert rounds_to_target(curve, 0.4) == pytest.approx(1.0)
+    assert rounds_to_target([], 0.4) is None
+
+
+def record(round, accuracy, **more):
+    loss = None if accuracy is None else 1 - accuracy
+    fields = {"train_loss": 1.0, "clients": 3, "seconds": 0.5, "bytes_up": 10 * round, "bytes_down": 7}
+    return RoundRecord(round, loss, accuracy, **{**fields, **more})
+
+
+ROUNDS = [record(1, 0.2), record(2, 0.7, skipped=(4, 9), clients=1), record(3, None), record(4, 0.6)]
+
+
+def test_final_is_the_last_evaluation_and_best_the_highest_accuracy():
+    result = summarize(ROUNDS, Metrics(0, 2.3, 0.1), planned=9, target=None)
+    assert result["final"] == {"round": 4, "loss": 0.4, "accuracy": 0.6}
+    assert (result["accuracy"], result["loss"]) == (0.6, 0.4)
+    assert result["best"] == {"round": 2, "loss": pytest.approx(0.3), "accuracy": 0.7}
+    assert result["initial"] == {"round": 0, "loss": 2.3, "accuracy": 0.1}
+    assert (result["rounds"], result["rounds_done"]) == (9, 4)
+    assert result["totals"] == {
+        "bytes_up": 100,
+        "bytes_down": 28,
+        "seconds": 2.0,
+        "client_updates": 10,
+        "skipped_updates": 2,
+    }
+    assert "rounds_to_target" not in result
+
+
+def test_the_target_counts_from_the_untrained_model():
+    result = summarize(ROUNDS, Metrics(0, 2.3, 0.1), planned=4, target=0.15)
+    assert result["target_accuracy"] == 0.15 and result["rounds_to_target"] == pytest.approx(0.5)
+    assert summarize(ROUNDS, None, planned=4, target=0.15)["rounds_to_target"] == 1.0
+    assert summarize(ROUNDS, None, planned=4, target=0.9)["rounds_to_target"] is None
+
+
+def test_a_run_without_rounds_has_a_summary_too():
+    result = summarize([], None, planned=5, target=0.5)
+    assert (result["final"], result["best"], result["accuracy"], result["rounds_done"]) == (None, None, None, 0)
+    assert result["totals"]["bytes_up"] == 0 and result["rounds_to_target"] is None
+
+
+def test_of_equal_accuracies_the_first_is_best():
+    assert summarize([record(1, 0.5), record(2, 0.5)], None, planned=2, target=None)["best"]["round"] == 1
