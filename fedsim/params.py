@@ -24,11 +24,16 @@ def check_alike(a: Params, b: Params) -> None:
 
 
 def of(module: nn.Module) -> tuple[Params, Params]:
-    """Copies of a module's parameters and of its buffers, without the keys of stochastic layers (non-persistent)."""
-    trainable = {name: p.detach().clone() for name, p in module.named_parameters()}
+    """Copies of a module's parameters, and of all else that makes up its state.
+
+    Frozen parameters (``requires_grad`` False) count as buffers: they are sent, and never trained. The keys of
+    stochastic layers are non-persistent buffers and no part of the state.
+    """
     persistent = module.state_dict().keys()
+    trainable = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    frozen = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
     buffers = {name: b.detach().clone() for name, b in module.named_buffers() if name in persistent}
-    return trainable, buffers
+    return trainable, {**frozen, **buffers}
 
 
 def add(a: Params, b: Params) -> Params:

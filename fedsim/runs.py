@@ -6,21 +6,23 @@ the two ``.jsonl`` files only grow, and what they hold beyond the checkpoint is 
 killed at any moment goes on from its last whole round.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import filelock
 import safetensors
 import safetensors.torch
 import yaml
 
-from fedsim.errors import ConfigError, DataError
+from fedsim.errors import ConfigError, DataError, RunError
 from fedsim.params import separate
 from fedsim.records import ClientEvaluation, Params, RoundRecord, ServerState
 
@@ -87,6 +89,8 @@ def append_round(folder: Path, record: RoundRecord, evaluations: Iterable[Client
 def _append(path: Path, lines: list[dict[str, Any]]) -> None:
     with path.open("a") as file:
         file.write("".join(json.dumps(_finite(line), allow_nan=False) + "\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())  # the checkpoint that makes these lines count must not reach the disk before them
 
 
 def _finite(value: Any) -> Any:
@@ -125,13 +129,39 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep every other process from writing this run while this one does. A lock dies with its process.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise RunError(f"{folder}: another process is writing this run") from error
+    try:
+        yield
+    finally:
+        lock.release()
+        (folder / ".lock").unlink(missing_ok=True)
+
+
 def trim(folder: Path, last_round: int) -> None:
-    """Cut both ``.jsonl`` files after ``last_round``: lines of a later round, and a half-written last line."""
+    """Cut both ``.jsonl`` files after ``last_round``: lines of a later round, and a half-written last line.
+
+    Raises:
+        DataError: rounds.jsonl lacks a round up to ``last_round``.
+    """
     for name in ("rounds.jsonl", "clients.jsonl"):
         path = folder / name
         if path.exists():
             kept = [line for line in _read(path).split(b"\n")[:-1] if _round_of(line) <= last_round]
             write_bytes(path, b"".join(line + b"\n" for line in kept))
+    found = len(RunFolder(folder).rounds())
+    if found != last_round:
+        raise DataError(f"{folder / 'rounds.jsonl'}: holds {found} rounds, the checkpoint is of round {last_round}")
 
 
 def _round_of(line: bytes) -> float:

@@ -17,7 +17,7 @@ import fedsim
 from fedsim import params as p
 from fedsim import runs
 from fedsim.engines import reference
-from fedsim.errors import ClientError, ConfigError, DataError
+from fedsim.errors import ClientError, ConfigError, DataError, RunError
 from fedsim.training.client import train_client
 
 CONTROL = '''
@@ -473,3 +473,41 @@ def _cohort(round):
     from fedsim import rng
 
     return rng.choice(rng.fold(3, "round", round, "cohort"), 6, 3).tolist()
+
+
+def test_two_processes_cannot_write_one_run():
+    run = fedsim.run(config(rounds=1))
+    with runs.locked(run.folder), pytest.raises(RunError, match="another process is writing this run"):
+        fedsim.resume(run.folder, rounds=2)
+    assert len(fedsim.resume(run.folder, rounds=2).rounds) == 2
+    assert not (run.folder / ".lock").exists()
+
+
+def test_a_run_with_missing_lines_is_not_resumed():
+    run = fedsim.run(config(rounds=2))
+    lines = (run.folder / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (run.folder / "rounds.jsonl").write_text(lines[1])
+    with pytest.raises(DataError, match=r"rounds\.jsonl: holds 1 rounds, the checkpoint is of round 2"):
+        fedsim.resume(run.folder, rounds=3)
+
+
+FROZEN = """
+from torch import nn
+
+
+class Frozen(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 10))
+        self[1].weight.requires_grad_(False)
+"""
+
+
+@pytest.mark.parametrize("engine", ["reference", "flower"])
+def test_frozen_parameters_stay_bit_for_bit_while_the_others_move(place, engine):
+    (place / "test_frozen.py").write_text(FROZEN)
+    states = [
+        fedsim.run({**config(rounds=rounds), "model": "test_frozen:Frozen", "engine": engine}).model().state_dict()
+        for rounds in (1, 3)
+    ]
+    assert torch.equal(states[0]["1.weight"], states[1]["1.weight"])
+    assert all(not torch.equal(states[0][name], states[1][name]) for name in ("1.bias", "3.weight", "3.bias"))

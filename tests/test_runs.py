@@ -143,10 +143,12 @@ def test_a_file_cut_off_anywhere_reads_as_its_whole_lines(tmp_path_factory, cut)
     path.write_bytes(left)
     whole = left.count(b"\n")
     assert [r.round for r in runs.open_run(made).rounds()] == [1, 2, 3][:whole]
-    runs.trim(made, 2)
     kept = [1, 2][:whole]
+    runs.trim(made, len(kept))
     assert [r.round for r in runs.open_run(made).rounds()] == kept
-    assert [e.round for e in runs.open_run(made).clients()] == [1, 2]
+    assert [e.round for e in runs.open_run(made).clients()] == kept
+    with pytest.raises(DataError, match=rf"holds {len(kept)} rounds, the checkpoint is of round 3"):
+        runs.trim(made, 3)
     runs.append_round(made, record(3), [])  # what is added next starts on a line of its own
     assert [r.round for r in runs.open_run(made).rounds()] == [*kept, 3]
 

@@ -24,7 +24,7 @@ def dirichlet(
     key: int,
     *,
     alpha: Annotated[float, Ge(1e-6), Le(1e6)],
-    min_examples: Annotated[int, Ge(0)] = 1,
+    min_examples: Annotated[int, Ge(1)] = 1,
 ) -> Partition:
     """Label skew: each class is shared out over the clients in proportions drawn from a Dirichlet distribution.
 
@@ -62,7 +62,7 @@ def shards(
     key: int,
     *,
     shards_per_client: Annotated[int, Ge(1)] = 2,
-    min_examples: Annotated[int, Ge(0)] = 1,
+    min_examples: Annotated[int, Ge(1)] = 1,
 ) -> Partition:
     """Label skew: examples sorted by label are cut into shards, and each client is dealt a few (pathological non-iid).
 
@@ -105,7 +105,7 @@ def label_quantity(
     *,
     alpha: Annotated[float, Ge(1e-6), Le(1e6)],
     sigma: Annotated[float, Gt(0), Le(100)],
-    min_examples: Annotated[int, Ge(0)] = 1,
+    min_examples: Annotated[int, Ge(1)] = 1,
 ) -> Partition:
     """Label and quantity skew: log-normal client sizes, and each client draws its own label mix.
 

@@ -157,7 +157,7 @@ def from_file(
     num_clients: int | None,
     *,
     path: str,
-    min_examples: Annotated[int, Ge(0)] = 1,
+    min_examples: Annotated[int, Ge(1)] = 1,
 ) -> Partition:
     """A partition that was saved to a file; it must have been made for exactly these training examples.
 

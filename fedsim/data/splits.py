@@ -27,7 +27,7 @@ def iid(
     key: int,
     *,
     examples_per_client: Annotated[int, Ge(1)] | None = None,
-    min_examples: Annotated[int, Ge(0)] = 1,
+    min_examples: Annotated[int, Ge(1)] = 1,
 ) -> Partition:
     """Every client gets a random sample of the examples; sizes differ by at most 1.
 
@@ -61,7 +61,7 @@ def quantity(
     key: int,
     *,
     sigma: Annotated[float, Gt(0), Le(100)],
-    min_examples: Annotated[int, Ge(0)] = 1,
+    min_examples: Annotated[int, Ge(1)] = 1,
 ) -> Partition:
     """Quantity skew: client sizes are log-normal, the examples of each a random sample.
 
@@ -89,7 +89,7 @@ def feature_noise(
     key: int,
     *,
     std: Annotated[float, Ge(0)] = 0.3,
-    min_examples: Annotated[int, Ge(0)] = 1,
+    min_examples: Annotated[int, Ge(1)] = 1,
 ) -> Partition:
     """Feature skew: an iid split, and client k of K has Gaussian noise of deviation std * (k + 1) / K on its inputs.
 
@@ -122,7 +122,7 @@ def natural(
     columns: Mapping[str, Indices],
     *,
     column: str,
-    min_examples: Annotated[int, Ge(0)] = 1,
+    min_examples: Annotated[int, Ge(1)] = 1,
 ) -> Partition:
     """As the data came about: one client per owner (writer, speaker, user) in an id column of the dataset.
 

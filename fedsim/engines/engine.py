@@ -90,12 +90,12 @@ def collect(
             continue
         share = weight(job.strategy.weighting, result.num_examples)
         updates_sum = aggregate.add(updates_sum, result.update, share)
-        buffers_sum = aggregate.add(buffers_sum, _floating(result.buffers), share)
+        buffers_sum = aggregate.add(buffers_sum, _moved(result.buffers, broadcast.buffers), share)
         done.append(_without_tensors(result))
-    buffers = aggregate.finish(buffers_sum)
+    moved = aggregate.finish(buffers_sum)
     return CohortUpdate(
         update=aggregate.finish(updates_sum),
-        buffers=None if buffers is None else {**broadcast.buffers, **buffers},
+        buffers=None if moved is None else {n: b + moved[n] if n in moved else b for n, b in broadcast.buffers.items()},
         clients=tuple(result.client for result in done),
         num_examples=tuple(result.num_examples for result in done),
         skipped=tuple(skipped),
@@ -111,8 +111,9 @@ def _finite(result: ClientUpdate) -> bool:
     return bool(losses.isfinite().all()) and p.all_finite(result.update) and p.all_finite(result.buffers)
 
 
-def _floating(buffers: Params) -> Params:
-    return {name: b for name, b in buffers.items() if b.is_floating_point()}
+def _moved(buffers: Params, before: Params) -> Params:
+    """How far the floating-point buffers have moved. What does not move, a frozen parameter, then stays bit for bit."""
+    return {name: b - before[name] for name, b in buffers.items() if b.is_floating_point()}
 
 
 def _without_tensors(result: ClientUpdate) -> ClientUpdate:

@@ -1,7 +1,9 @@
+import contextlib
 import io
 import os
 import pty
 import re
+import subprocess
 import sys
 
 import pytest
@@ -17,8 +19,9 @@ def record(round, **changes):
 
 
 @pytest.mark.parametrize(
-    ("n", "text"), [(0, "0 B"), (999, "999 B"), (1_000, "1.0 kB"), (2_500_000, "2.5 MB"), (7e9, "7.0 GB"), (3e16, "30000.0 TB")]
-)  # fmt: skip
+    ("n", "text"),
+    [(0, "0 B"), (999, "999 B"), (1_000, "1.0 kB"), (2.5e6, "2.5 MB"), (7e9, "7.0 GB"), (3e16, "30000.0 TB")],
+)
 def test_bytes_for_people(n, text):
     assert display.si_bytes(n) == text
 
@@ -77,20 +80,17 @@ def test_a_table_tells_what_became_of_a_run():
 def test_a_terminal_gets_bars_that_move(folder, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    seen = bytearray()
-
-    def read(descriptor: int) -> bytes:
-        data = os.read(descriptor, 4096)
-        seen.extend(data)
-        return b""  # nothing for the real terminal
-
     code = "import sys; from fedsim.cli import main; sys.argv = ['fedsim', 'run', 'config.yaml']; main()"
-    try:
-        status = pty.spawn([sys.executable, "-c", code], read)
-    except OSError as error:
-        pytest.skip(f"no pseudo-terminal here: {error}")
+    ours, theirs = pty.openpty()
+    running = subprocess.Popen([sys.executable, "-c", code], cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    seen = bytearray()
+    with contextlib.suppress(OSError):  # how Linux says that the other side is gone
+        while data := os.read(ours, 4096):
+            seen.extend(data)
+    os.close(ours)
     text = seen.decode()
-    assert os.waitstatus_to_exitcode(status) == 0, text
+    assert running.wait(timeout=30) == 0, text
     assert "\x1b[" in text
     assert re.search(r"rounds .*2/2", text)
     assert "round 1/2" not in text

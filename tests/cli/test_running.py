@@ -84,16 +84,16 @@ def mnist(folder):
 
 
 @pytest.mark.parametrize(
-    ("images", "train_labels", "cut", "message"),
+    ("files", "message"),
     [
-        (idx(50), labels(50), "train-images-idx3", "files/train-images-idx3-ubyte.gz: cannot be read: Compressed file ended"),
-        (idx(50, magic=7), labels(50), None, "files/train-images-idx3-ubyte.gz: an IDX file of 3 axes begins with"),
-        (idx(50), labels(49), None, "50 images in files/train-images-idx3-ubyte.gz, but 49 labels in"),
-        (b"", labels(49), None, "files/train-images-idx3-ubyte.gz: "),
+        ((idx(50), labels(50), "train-images-idx3"), "in/train-images-idx3-ubyte.gz: cannot be read: Compressed file"),
+        ((idx(50, magic=7), labels(50)), "in/train-images-idx3-ubyte.gz: an IDX file of 3 axes begins with"),
+        ((idx(50), labels(49)), "50 images in in/train-images-idx3-ubyte.gz, but 49 labels in"),
+        ((b"", labels(49)), "in/train-images-idx3-ubyte.gz: "),
     ],
-)  # fmt: skip
-def test_damaged_data_files_are_named_and_nothing_is_written(fedsim, mnist, images, train_labels, cut, message):
-    result = fedsim("run", "config.yaml", *mnist("files", images, train_labels, cut))
+)
+def test_damaged_data_files_are_named_and_nothing_is_written(fedsim, mnist, files, message):
+    result = fedsim("run", "config.yaml", *mnist("in", *files))
     assert (result.code, result.out, result.new) == (3, "", frozenset())
     assert result.err.startswith(f"error: {message}")
 
@@ -237,9 +237,10 @@ def test_a_damaged_run_cannot_be_resumed_and_the_file_is_named(fedsim, run, dama
     assert result.err.startswith("error: " + message.format(run))
 
 
-@pytest.mark.parametrize("path", ["nowhere", ".", "config.yaml"])
+@pytest.mark.parametrize("path", ["nowhere", "empty", "config.yaml"])
 @pytest.mark.parametrize("command", ["resume", "report", "compare"])
-def test_a_folder_that_is_no_run_is_refused(fedsim, command, path):
+def test_a_folder_that_is_no_run_is_refused(fedsim, folder, command, path):
+    (folder / "empty").mkdir()
     result = fedsim(command, path)
     assert (result.code, result.out, result.new) == (3, "", frozenset())
     assert "run folder" in result.err
