@@ -1,7 +1,6 @@
 """The Python API: run a config, resume a run, open a finished one. The command line stands on it."""
 
 import contextlib
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -19,12 +18,12 @@ from fedsim.config import load as config_files
 from fedsim.config.schema import Config
 from fedsim.data.partition_files import save as save_partition
 from fedsim.engines.engine import Engine
-from fedsim.errors import DataError, RunError
+from fedsim.errors import ConfigError, DataError, RunError
 from fedsim.federation import Federation, start
 from fedsim.federation import run as run_rounds
-from fedsim.params import num_entries
-from fedsim.recording import Facts, OnRound, Recording, record_rounds, split_facts
-from fedsim.records import ClientEvaluation, Partition, RoundRecord, ServerState
+from fedsim.params import check_alike, num_entries, of
+from fedsim.recording import SPLIT_DETAIL_CLIENTS, Facts, OnRound, Recording, record_rounds, split_facts
+from fedsim.records import ClientEvaluation, Params, Partition, RoundRecord
 
 OnStart = Callable[["Run", Federation], None]
 
@@ -58,11 +57,13 @@ class Run:
     def model(self) -> nn.Module:
         """The global model as it is now, in eval mode."""
         folder = runs.open_run(self.folder)
-        shape = folder.summary().get("model", {})
-        config = config_files.check(folder.config())
-        with _importable(Path.cwd()):
+        tensors, shape = folder.model(), folder.summary()["model"]
+        with _importable(_config_folder(folder)):
+            config = config_files.check(folder.config())
             module = build.model(config, build.ModelShape(tuple(shape["input_shape"]), shape["num_classes"]))
-        module.load_state_dict(folder.model())
+        params, buffers = of(module)
+        _check_fits({**params, **buffers}, tensors, folder.path)
+        module.load_state_dict(tensors, strict=False)  # of a weight that has two names in a module, one is saved
         return module.eval()
 
 
@@ -103,8 +104,9 @@ def run(
     with _importable(_folder_of(config)), _one_thread():
         checked = config_files.load(config, overrides)
         federation, engine = build.federation(checked, progress)
-        folder = _new_folder(checked, federation, engine)
-        with Recording(folder, _facts(checked, federation), on_round or _ignore) as recording:
+        folder = _new_folder(checked, federation, engine, _folder_of(config))
+        recorder = Recording(folder, _facts(checked, federation), on_round or _ignore)
+        with runs.locked(folder), recorder as recording:
             (on_start or _ignore)(Run(folder), federation)
             run_rounds(federation, start(federation), engine, recording.take)
     return Run(folder)
@@ -132,17 +134,19 @@ def resume(
     opened = runs.open_run(folder)
     state = runs.load_checkpoint(opened.path)
     changes = {} if rounds is None else {"train.rounds": rounds}
-    with _importable(Path.cwd()), _one_thread():
+    with _importable(_config_folder(opened)), _one_thread():
         checked = config_files.load(opened.config(), changes)
         if checked.train.rounds < state.round:
-            raise DataError(f"rounds: {opened.path} has {state.round} rounds already, got {checked.train.rounds}")
+            raise ConfigError(f"rounds: {opened.path} has {state.round} rounds already, got {checked.train.rounds}")
         federation, engine = build.federation(checked, progress)
-        state = _fitted(state, federation, opened.path)
-        runs.trim(opened.path, state.round)
-        with Recording(opened.path, _facts(checked, federation), on_round or _ignore) as recording:
-            runs.write_config(opened.path, config_files.resolved(checked))
-            (on_start or _ignore)(Run(opened.path), federation)
-            run_rounds(federation, state, engine, recording.take)
+        fresh = start(federation)
+        _check_fits({**fresh.params, **fresh.buffers}, {**state.params, **state.buffers}, opened.path / "checkpoint")
+        with runs.locked(opened.path):
+            runs.trim(opened.path, state.round)
+            with Recording(opened.path, _facts(checked, federation), on_round or _ignore) as recording:
+                runs.write_config(opened.path, config_files.resolved(checked))
+                (on_start or _ignore)(Run(opened.path), federation)
+                run_rounds(federation, state, engine, recording.take)
     return Run(opened.path)
 
 
@@ -178,17 +182,18 @@ def baseline(
     with _importable(_folder_of(config)), _one_thread():
         checked = config_files.load(config, overrides)
         plain = {"data.clients": 1, "data.split": "iid", "train.clients_per_round": "all", "train.sampling": "fixed"}
-        changes = {**(overrides or {}), **plain, "name": f"{checked.name}-centralised"}
+        kept = {key: value for key, value in (overrides or {}).items() if not key.startswith("data.split")}
+        changes = {**kept, **plain, "name": f"{checked.name}-centralised"}
         hooks: dict[str, Any] = {"on_start": on_start, "on_round": on_round, "progress": progress}
+        federation, engine = build.federation(checked, progress)  # first, so that what is wrong is known before work
         centralised = run(config, changes, **hooks)
 
-        federation, engine = build.federation(checked, progress)
         done: list[Alone] = []
         for one in each_alone(federation, engine):
             done.append(one)
             (on_client or _ignore)(len(done), federation.data.num_clients)
         named = checked.model_copy(update={"name": f"{checked.name}-alone"})
-        folder = _new_folder(named, federation, engine)
+        folder = _new_folder(named, federation, engine, _folder_of(config))
         record_rounds(folder, _facts(named, federation), merged(done))
     return Baselines(centralised, Run(folder))
 
@@ -217,13 +222,14 @@ def split(
     return Split(data.partition, data.train.labels, split_facts(data))
 
 
-def _new_folder(config: Config, federation: Federation, engine: Engine) -> Path:
-    """A run folder with what is known before the first round."""
+def _new_folder(config: Config, federation: Federation, engine: Engine, beside: Path) -> Path:
+    """A run folder with what is known before the first round; ``beside`` is where a resume finds foreign modules."""
     folder = runs.create(Path(config.output).expanduser(), config.name)
     try:
         runs.write_config(folder, config_files.resolved(config))
-        runs.write_json(folder / "environment.json", environment.describe(engine.describe()))
-        runs.write_json(folder / "split.json", split_facts(federation.data))
+        facts = {**environment.describe(engine.describe()), "config_folder": str(beside.resolve())}
+        runs.write_json(folder / "environment.json", facts)
+        runs.write_json(folder / "split.json", split_facts(federation.data, SPLIT_DETAIL_CLIENTS))
     except OSError as error:
         raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return folder
@@ -231,6 +237,11 @@ def _new_folder(config: Config, federation: Federation, engine: Engine) -> Path:
 
 def _folder_of(config: str | Path | Mapping[str, Any]) -> Path:
     return Path.cwd() if isinstance(config, Mapping) else Path(config).parent
+
+
+def _config_folder(folder: runs.RunFolder) -> Path:
+    """Where the config of a run was."""
+    return Path(folder.environment().get("config_folder", "."))
 
 
 def _ignore(*_: object) -> None:
@@ -250,17 +261,12 @@ def _facts(config: Config, federation: Federation) -> Facts:
     )
 
 
-def _fitted(state: ServerState, federation: Federation, folder: Path) -> ServerState:
-    """The state with tensors in the model's order; refused if the model is another one."""
-    fresh = start(federation)
+def _check_fits(expected: Params, found: Params, where: Path) -> None:
+    """Refuse the tensors of another model."""
     try:
-        return dataclasses.replace(
-            state,
-            params={name: state.params[name].view_as(tensor) for name, tensor in fresh.params.items()},
-            buffers={name: state.buffers[name].view_as(tensor) for name, tensor in fresh.buffers.items()},
-        )
-    except (KeyError, RuntimeError) as error:
-        raise DataError(f"{folder / 'checkpoint'}: does not fit the model of config.yaml ({error})") from error
+        check_alike(expected, found)
+    except ValueError as error:
+        raise DataError(f"{where}: does not fit the model of config.yaml ({error})") from error
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import traceback
 from types import FrameType
 from typing import NoReturn
 
@@ -19,7 +20,6 @@ app = typer.Typer(
     name="fedsim",
     help="Federated-learning simulation: one YAML, from a laptop to separate machines.",
     epilog="Add --debug to any command to see the traceback of an error.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -48,23 +48,30 @@ def main() -> NoReturn:
     debug = len(arguments) < len(sys.argv) - 1
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        sys.exit(app(arguments, standalone_mode=False) or 0)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
-        if debug:
-            raise
-        sys.exit(INTERRUPTED)
+        code = _call(arguments or ["--help"])
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except Exception as error:
+        code = 0
+    except (Exception, KeyboardInterrupt) as error:
         if debug:
-            raise
-        sys.exit(_explain(error))
+            traceback.print_exception(error)
+        code = _explain(error)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
+    sys.exit(code)
+
+
+def _call(arguments: list[str]) -> int:
+    """Run a command. typer's own way of calling it has its own ideas of Ctrl-C and of closed pipes."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("fedsim", arguments) as context:
+            command.invoke(context)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    return 0
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
@@ -72,13 +79,28 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _explain(error: Exception) -> int:
-    """Print what went wrong; the exit code."""
-    if isinstance(error, ConfigError) and len(error.problems) > 1:
-        text = f"{len(error.problems)} problems:\n" + "\n".join(f"  {problem}" for problem in error.problems)
-    elif isinstance(error, FedsimError):
-        text = str(error)
-    else:
-        text = f"{type(error).__name__}: {error} (a fault in fedsim or in custom code; --debug shows where)"
-    typer.echo(f"error: {text}", err=True)
-    return error.exit_code if isinstance(error, FedsimError) else FedsimError.exit_code
+def _explain(error: BaseException) -> int:
+    """Print what went wrong and what to do next; the exit code."""
+    text, code = _told(error)
+    typer.echo(text, err=True)
+    for note in getattr(error, "__notes__", []):
+        typer.echo(note, err=True)
+    return code
+
+
+def _told(error: BaseException) -> tuple[str, int]:
+    match error:
+        case KeyboardInterrupt() | click.Abort():
+            return "interrupted", INTERRUPTED
+        case ConfigError(problems=problems) if len(problems) > 1:
+            return "\n".join([f"error: {len(problems)} problems:", *(f"  {line}" for line in problems)]), 2
+        case FedsimError():
+            return f"error: {error}", error.exit_code
+        case click.ClickException():
+            path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "fedsim"
+            parts = error.format_message().rstrip(".").split(" Did you mean ")  # typer and click both suggest a command
+            return f"error: {' Did you mean '.join(dict.fromkeys(parts))} ({path} --help shows how)", 2
+        case OSError(strerror=reason) if reason:
+            return f"error: {error.filename or 'files'}: {reason} (--debug shows where)", FedsimError.exit_code
+    what = f"{type(error).__name__}: {error}"
+    return f"error: {what} (a fault in fedsim or in custom code; --debug shows where)", FedsimError.exit_code

@@ -28,6 +28,21 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}%"
 
 
+class _Console(Console):
+    """A console that does not end the program when nobody reads on."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError that is being handled  # noqa: PLE0704
+
+
+def console() -> Console:
+    """Standard output. What is no terminal is as wide as a table needs."""
+    made = _Console()
+    if not made.is_terminal:
+        made.width = 1000
+    return made
+
+
 class Display(Protocol):
     """Shows a run. Used as a context."""
 
@@ -86,8 +101,11 @@ class Lines:
         )
 
     def line(self, text: str) -> None:
-        """Print without wrapping or colours."""
-        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+        """Print without wrapping or colours. Whoever closes the pipe stops the run as Ctrl-C does."""
+        try:
+            self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+        except BrokenPipeError as error:
+            raise KeyboardInterrupt from error
 
 
 class Live:

@@ -5,9 +5,7 @@ from typing import Any
 
 import typer
 
-from fedsim.cli.arguments import CHANGES, CONFIG
-
-LISTED = ("datasets", "splits", "models", "optimizers", "strategies", "engines")
+from fedsim.cli.arguments import CHANGES, CONFIG, RUN
 
 
 def add_to(app: typer.Typer) -> None:
@@ -19,8 +17,11 @@ def add_to(app: typer.Typer) -> None:
     app.command()(schema)
 
 
-def report(folder: Path = typer.Argument(metavar="RUN", help="Run folder.")) -> None:
-    """Write RUN/report.html: one file with every number and plot of the run."""
+def report(folder: Path = RUN) -> None:
+    """Write the report of a run: one HTML file.
+
+    RUN is a run folder; the file is RUN/report.html.
+    """
     from fedsim.report.report import write
 
     typer.echo(write(folder))
@@ -39,37 +40,54 @@ def compare(
     opened = [open_run(folder) for folder in folders]
     compared = comparing.compare(opened)
     console = Console()
-    console.print(_table(comparing.rows(compared)))
+    console.print(_fitting(console, comparing.rows(compared)))
     if len(compared.groups) < len(compared.runs):
-        console.print(_table(comparing.group_rows(compared)))
+        console.print(_fitting(console, comparing.group_rows(compared)))
     typer.echo(comparing.write(opened, page))
 
 
-def _table(rows: list[dict[str, str]]) -> Any:
-    from rich.table import Table
+def _fitting(console: Any, rows: list[dict[str, str]]) -> Any:
+    """A row per run where that fits, otherwise a column per run."""
+    table = _table(rows)
+    if console.measure(table).maximum < console.width:
+        return table
+    return _table([{"": title, **{f"{k}": row[title] for k, row in enumerate(rows, 1)}} for title in rows[0]])
 
-    table = Table(*rows[0], box=None, padding=(0, 2, 0, 0), header_style="bold")
+
+def _table(rows: list[dict[str, str]], gap: int = 2) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, gap, 0, 0), header_style="bold")
+    for title in rows[0]:
+        table.add_column(title, overflow="fold")
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(Text, row.values()))
     return table
 
 
 def split(
     config: Path = CONFIG,
     changes: list[str] = CHANGES,
-    picture: Path = typer.Option(Path("split.png"), help="Where the heat map goes."),
+    picture: Path = typer.Option(Path("split.png"), help="Where the heat map goes.", show_default=False),
     save: Path | None = typer.Option(None, help="Also save the split, for `split: {name: file, path: ...}`."),
 ) -> None:
-    """Show who would hold what: label counts, effective classes, distance to the whole; a heat map as PNG."""
-    from rich.console import Console
+    """Show who would hold what, as a table and as a heat map.
 
+    CONFIG and KEY.PATH=VALUE are those of fedsim run. Shown are label counts, effective classes and the distance of
+    each client's labels to those of all (earth mover's). The heat map goes to split.png unless --picture says.
+    """
     from fedsim import api
+    from fedsim.cli import display
     from fedsim.config.read import parse_overrides
     from fedsim.report import figures
 
+    _check_target("--picture", picture)
+    _check_target("--save", save)
     shown = api.split(config, parse_overrides(changes or []))
-    console = Console()
-    console.print(_table(_split_rows(shown.facts)))
+    console = display.console()
+    tables = (_table(_split_rows(shown.facts, names), gap=1) for names in _class_columns(shown.facts))
+    console.print(next(table for table in tables if console.measure(table).maximum < console.width))
     for name, value in shown.facts["summary"].items():
         console.print(f"{name:<24} {value:.4g}", highlight=False)
     figures.save_png(figures.split_heatmap(shown.facts), picture)
@@ -79,48 +97,69 @@ def split(
         typer.echo(save)
 
 
+def _check_target(option: str, path: Path | None) -> None:
+    """A file that cannot be written is better known before the work."""
+    from fedsim.errors import ConfigError
+
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ConfigError(f"{option}: must be a file in a folder that exists, got {path}")
+
+
 MAX_ROWS = 40  # clients in the table of a split; the rest is in the heat map
 
 
-def _split_rows(facts: dict[str, Any]) -> list[dict[str, str]]:
-    counts, names = facts["counts"], facts["class_names"] or [str(c) for c in range(facts["num_classes"])]
+def _class_columns(facts: dict[str, Any]) -> list[list[str]]:
+    """Titles for the columns of label counts, from the most telling to none at all."""
+    numbers = [str(c) for c in range(facts["num_classes"])]
+    return [list(facts["class_names"] or numbers), numbers, []]
+
+
+def _split_rows(facts: dict[str, Any], classes: list[str]) -> list[dict[str, str]]:
+    counts = facts["counts"]
     if counts is None:
         return [{"clients": str(facts["num_clients"]), "examples": str(facts["num_examples"])}]
-    chosen = range(min(len(counts), MAX_ROWS))
-    many = facts["num_classes"] > 20
     rows = [
         {
             "client": str(k),
             "examples": str(facts["sizes"][k]),
             "test": str(facts["test_sizes"][k]),
-            **({} if many else {name: str(count or "") for name, count in zip(names, counts[k], strict=True)}),
+            **{name: str(count or "") for name, count in zip(classes, counts[k], strict=False)},
             "effective classes": f"{facts['effective_classes'][k]:.2f}",
             "EMD": f"{facts['earth_movers_distance'][k]:.2f}",
         }
-        for k in chosen
+        for k in range(min(len(counts), MAX_ROWS))
     ]
     if len(counts) > MAX_ROWS:
         rows.append(dict.fromkeys(rows[0], "...") | {"client": f"+{len(counts) - MAX_ROWS}"})
     return rows
 
 
-def list_components(
-    kind: str = typer.Argument("all", metavar="[" + "|".join(LISTED) + "]", help="One kind only."),
-) -> None:
-    """List what a config can name: every component, its keys, their ranges and defaults."""
+def list_components(kind: str = typer.Argument("all", metavar="[KIND]", hidden=True)) -> None:
+    """List what a config can name: components and their keys.
+
+    KIND is one of datasets, splits, models, optimizers, strategies, engines; without it all are listed. After each key
+    stand its type, its range and its default.
+    """
     from fedsim.config import catalogue
     from fedsim.config.tables import KINDS
     from fedsim.errors import ConfigError
 
     if kind != "all" and kind not in KINDS:
-        raise ConfigError(f"list: unknown kind {kind!r}; known: {', '.join(KINDS)}")
+        raise ConfigError(f"KIND: must be one of {', '.join(KINDS)}, got {kind!r}")
     for name in KINDS if kind == "all" else [kind]:
         typer.echo(f"{name}  ({KINDS[name].path})")
         for entry in catalogue.entries(name):
             typer.echo(f"  {entry.name:<16} {entry.summary}")
-            for key, allowed, default in entry.keys:
-                typer.echo(f"      {key}: {allowed}  ({default})")
+            _echo_keys(entry.keys)
+        if common := catalogue.common_keys(name):
+            typer.echo("  and every one of them takes")
+            _echo_keys(common)
         typer.echo("")
+
+
+def _echo_keys(keys: tuple[tuple[str, str, str], ...]) -> None:
+    for key, allowed, default in keys:
+        typer.echo(f"      {key}: {allowed}  ({default})")
 
 
 def schema() -> None:

@@ -1,11 +1,14 @@
 """Commands that train: run, resume, baseline."""
 
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fedsim.cli.arguments import CHANGES, CONFIG
+from fedsim.cli.arguments import CHANGES, CONFIG, RUN
 
 if TYPE_CHECKING:
     from fedsim.api import Run
@@ -20,7 +23,10 @@ def add_to(app: typer.Typer) -> None:
 
 
 def run(config: Path = CONFIG, changes: list[str] = CHANGES) -> None:
-    """Run a federation and write its run folder with a report."""
+    """Run a federation and write its run folder with a report.
+
+    CONFIG is a YAML file. KEY.PATH=VALUE replaces a value in it: train.rounds=5, data.split={name: iid}.
+    """
     from fedsim import api
     from fedsim.config.read import parse_overrides
 
@@ -29,10 +35,14 @@ def run(config: Path = CONFIG, changes: list[str] = CHANGES) -> None:
 
 
 def resume(
-    folder: Path = typer.Argument(metavar="RUN", help="Run folder of an unfinished run."),
+    folder: Path = RUN,
     rounds: int | None = typer.Option(None, help="New total number of rounds."),
 ) -> None:
-    """Go on with a run after its last whole round, as if it had never stopped."""
+    """Go on with a run after its last whole round.
+
+    RUN is the folder of a run that was interrupted or failed, or one to make longer with --rounds. The result is that
+    of a run that never stopped.
+    """
     from fedsim import api
 
     _shown(lambda **hooks: api.resume(folder, rounds=rounds, **hooks))
@@ -40,26 +50,30 @@ def resume(
 
 def _shown(start: Any) -> None:
     """Run with a display; report and result table at the end, or how to go on."""
-    from rich.console import Console
-
     from fedsim.cli import display
 
-    console = Console()
-    begun: list[Path] = []
+    console = display.console()
+    with _resumable() as begun, display.for_console(console) as shown:
 
-    def on_start(run: "Run", federation: "Federation") -> None:
-        begun.append(run.folder)
-        shown.begin(_title(run), len(run.rounds), federation.rounds)
+        def on_start(run: "Run", federation: "Federation") -> None:
+            begun.append(run.folder)
+            shown.begin(_title(run), len(run.rounds), federation.rounds)
 
-    try:
-        with display.for_console(console) as shown:
-            done = start(on_start=on_start, on_round=shown.round, progress=shown.loading)
-    except BaseException as error:
-        if begun:
-            said = "interrupted" if isinstance(error, KeyboardInterrupt) else "the last whole round is saved"
-            typer.echo(f"{said}; go on with: fedsim resume {begun[0]}", err=True)
-        raise
+        done = start(on_start=on_start, on_round=shown.round, progress=shown.loading)
     _finish(console, done)
+
+
+@contextmanager
+def _resumable() -> Iterator[list[Path]]:
+    """Tell whoever sees an error how to go on with the run whose folder is put on the list."""
+    begun: list[Path] = []
+    try:
+        yield begun
+    except BaseException as error:
+        if begun and (begun[0] / "checkpoint" / "state.json").exists():
+            folder = shlex.quote(str(begun[0]))
+            error.add_note(f"the last whole round is saved; go on with: fedsim resume {folder}")
+        raise
 
 
 def _title(run: "Run") -> str:
@@ -79,23 +93,28 @@ def _finish(console: Any, done: "Run") -> None:
 
 
 def baseline(config: Path = CONFIG, changes: list[str] = CHANGES) -> None:
-    """Run the two baselines of a federation from the same file: centralised, and each client alone."""
-    from rich.console import Console
+    """Run the two baselines: centralised, and each client alone.
 
+    CONFIG and KEY.PATH=VALUE are those of fedsim run. Writes two run folders.
+    """
     from fedsim import api
     from fedsim.cli import display
     from fedsim.config.read import parse_overrides
 
-    console = Console()
-    with display.for_console(console) as shown:
-        done = api.baseline(
-            config,
-            parse_overrides(changes or []),
-            on_start=lambda run, federation: shown.begin(_title(run), 0, federation.rounds),
-            on_round=shown.round,
-            on_client=lambda done, clients: shown.step("clients alone", done, clients),
-            progress=shown.loading,
-        )
+    console = display.console()
+    with _resumable() as begun, display.for_console(console) as shown:
+
+        def on_start(run: "Run", federation: "Federation") -> None:
+            begun.append(run.folder)
+            shown.begin(_title(run), 0, federation.rounds)
+
+        def on_client(done: int, clients: int) -> None:
+            begun.clear()  # the centralised run is finished
+            shown.step("clients alone", done, clients)
+
+        hooks: dict[str, Any] = {"on_round": shown.round, "progress": shown.loading}
+        overrides = parse_overrides(changes or [])
+        done = api.baseline(config, overrides, on_start=on_start, on_client=on_client, **hooks)
     console.print(f"{'':14}{'all held-out':>14}{'own held-out, mean over clients':>34}", highlight=False)
     for name, run in (("centralised", done.centralised), ("alone", done.alone)):
         last = run.rounds[-1]

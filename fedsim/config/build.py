@@ -4,13 +4,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from fedsim import rng
 from fedsim.config import components
+from fedsim.config.components import Component, is_foreign
 from fedsim.config.load import component_at
+from fedsim.config.problems import refused
 from fedsim.config.schema import Config
 from fedsim.config.tables import KINDS
 from fedsim.data.checks import check
@@ -25,8 +27,11 @@ from fedsim.models.layers.dropouts import replace_dropout
 from fedsim.models.layers.keyed import key_names
 from fedsim.models.zoo import check_model
 from fedsim.records import Dataset, Partition
+from fedsim.strategies.strategy import Strategy
 from fedsim.training.client import LocalWork
+from fedsim.training.optimizers import Optimizer
 
+T = TypeVar("T")
 Progress = Callable[[str, int, int | None], None]
 
 
@@ -51,23 +56,36 @@ def make(config: Config, kind: str, **context: Any) -> Any:
     """
     slot = KINDS[kind]
     component = component_at(config, slot.path)
-    with _blamed_on(slot.path if kind != "models" else "model", component.name):
-        return components.call(components.factory_of(component, slot), component, slot, **context)
+    with _blamed_on(slot.path, component):
+        return components.call(components.factory_of(component.name, slot), component, slot, **context)
 
 
 @contextmanager
-def _blamed_on(path: str, name: str) -> Iterator[None]:
+def _blamed_on(path: str, component: Component) -> Iterator[None]:
+    """Turn what a factory raises into a ConfigError, unless it is a fault of ours."""
+    name, foreign = component.name, is_foreign(component.name)
     try:
         yield
     except FedsimError:
         raise
-    except ValueError as error:
-        text = str(error)
-        raise ConfigError(text if text.startswith(path) else f"{path}: {text}") from error
-    except Exception as error:
-        if ":" not in name:
-            raise  # a fault of ours, not of somebody else's component
-        raise ConfigError(f"{path}.name: {name} raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        if foreign:
+            raise ConfigError(f"{path}.name: {name} raised {type(error).__name__}: {error}") from error
+        if isinstance(error, ValueError):
+            raise ConfigError(refused(error, path, component.params())) from error
+        if path == "model" and isinstance(error, MemoryError | RuntimeError | TypeError):  # torch, of huge layers
+            raise ConfigError(f"{path}: {name} cannot be made: {str(error).partition(chr(10))[0]}") from error
+        raise
+
+
+def _of_type(wanted: type[T], made: object, path: str, component: Component, what: str = "") -> T:
+    if not isinstance(made, wanted):
+        raise _wrong(made, path, component, what or f"fedsim's {wanted.__name__}")
+    return made
+
+
+def _wrong(made: object, path: str, component: Component, what: str) -> ConfigError:
+    return ConfigError(f"{path}.name: must make {what}, but {component.name} made {type(made).__name__}")
 
 
 def dataset(config: Config, progress: Progress = silent) -> Dataset:
@@ -79,9 +97,11 @@ def dataset(config: Config, progress: Progress = silent) -> Dataset:
     root = None if config.data.root is None else Path(config.data.root).expanduser()
     if root is not None and not root.is_dir():
         raise DataError(f"data.root: folder {root} does not exist")
-    loaded = make(config, "datasets", root=root, key=rng.fold(config.seed, "dataset"), progress=progress)
-    name = config.data.dataset.name
-    found = from_callable(loaded, name) if ":" in name else loaded
+    found = make(config, "datasets", root=root, key=rng.fold(config.seed, "dataset"), progress=progress)
+    component = config.data.dataset
+    if is_foreign(component.name):
+        with _blamed_on("data.dataset", component):  # its __getitem__ is foreign, too
+            found = from_callable(found, component.name)
     check(found)
     return hold_out(found, config.data.test_fraction, rng.fold(config.seed, "held-out"))
 
@@ -95,13 +115,13 @@ def partition(config: Config, loaded: Dataset) -> Partition:
     labels, clients = loaded.train.labels, config.data.clients
     key = rng.fold(config.seed, "split")
     made = make(config, "splits", labels=labels, num_clients=clients, key=key, columns=loaded.columns)
-    if isinstance(made, list | tuple):
-        made = from_lists(made)
-    if not isinstance(made, Partition):
-        raise DataError(f"data.split: {config.data.split.name} returned {type(made).__name__}, not a Partition")
-    minimum = config.data.split.params().get("min_examples", 1)
-    check_partition(made, len(loaded.train), clients, minimum)
-    return made
+    component = config.data.split
+    with _blamed_on("data.split", component):
+        if isinstance(made, list | tuple):
+            made = from_lists(made)
+        found = _of_type(Partition, made, "data.split", component, "a list with the indices of each client")
+        check_partition(found, len(loaded.train), clients, component.params().get("min_examples", 1))
+    return found
 
 
 def model(config: Config, shape: ModelShape, example: Tensor | None = None) -> nn.Module:
@@ -114,12 +134,12 @@ def model(config: Config, shape: ModelShape, example: Tensor | None = None) -> n
     """
     with rng.torch_seeded(rng.fold(config.seed, "model")):
         made = make(config, "models", input_shape=shape.input_shape, num_classes=shape.num_classes)
-    if not isinstance(made, nn.Module):
-        raise ConfigError(f"model.name: {config.model.name} returned {type(made).__name__}, not a torch.nn.Module")
-    replace_dropout(made)
+    found = _of_type(nn.Module, made, "model", config.model, "a torch.nn.Module")
+    with _blamed_on("model", config.model):
+        replace_dropout(found)
     if example is not None:
-        check_model(made, shape.input_shape, shape.num_classes, example, name=config.model.name)
-    return made
+        check_model(found, shape.input_shape, shape.num_classes, example, name=config.model.name)
+    return found
 
 
 def shape_of(data: FederatedData) -> ModelShape:
@@ -140,6 +160,7 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
         ConfigError: something in the config cannot be built.
         DataError: the data is missing, damaged or does not fit the config.
     """
+    strategy, optimizer, engine = _without_data(config)
     data = federated_data(config, progress)
     train = config.train
     cohort = data.num_clients if train.clients_per_round == "all" else train.clients_per_round
@@ -147,11 +168,10 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
         rule = f"must be <= the number of clients of the split ({data.num_clients})"
         raise ConfigError(f"train.clients_per_round: {rule}, got {cohort}")
     built = model(config, shape_of(data), data.train.inputs[0])
-    strategy = make(config, "strategies")
     work = LocalWork(
         model=built,
         key_names=key_names(built),
-        optimizer=make(config, "optimizers"),
+        optimizer=optimizer,
         rule=strategy.local,
         local_epochs=train.local_epochs,
         batch_size=None if train.batch_size == "all" else train.batch_size,
@@ -167,4 +187,14 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
         eval_every=train.eval_every,
         on_nan=train.on_nan,
     )
-    return made, make(config, "engines")
+    return made, engine
+
+
+def _without_data(config: Config) -> tuple[Strategy, Optimizer, Engine]:
+    """What can be made, and refused, before any data is loaded."""
+    strategy = _of_type(Strategy, make(config, "strategies"), "strategy", config.strategy)
+    optimizer = _of_type(Optimizer, make(config, "optimizers"), "train.optimizer", config.train.optimizer)
+    engine = make(config, "engines")
+    if not all(callable(getattr(engine, method, None)) for method in ("drive", "describe")):
+        raise _wrong(engine, "engine", config.engine, "an Engine, with drive and describe")
+    return strategy, optimizer, engine

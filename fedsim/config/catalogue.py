@@ -6,7 +6,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
-from fedsim.config.components import model_of
+from fedsim.config.components import base_of, model_of
+from fedsim.config.read import as_yaml
 from fedsim.config.schema import Config
 from fedsim.config.tables import KINDS
 
@@ -23,15 +24,23 @@ class Entry:
 def entries(kind: str) -> list[Entry]:
     """The components of a kind, in the order of their table."""
     slot = KINDS[kind]
+    shared = base_of(slot).not_params()
     return [
-        Entry(name, _first_line(factory), _keys(model_of(name, factory, slot).model_fields))
+        Entry(name, _first_line(factory), _keys(model_of(name, factory, slot).model_fields, but=shared))
         for name, factory in slot.table.items()
     ]
 
 
+def common_keys(kind: str) -> tuple[tuple[str, str, str], ...]:
+    """Keys that every component of a kind takes beside its own."""
+    return _keys(base_of(KINDS[kind]).model_fields, but=frozenset({"name"}))
+
+
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of a config file, for editors."""
+    """JSON Schema of a config file, for editors. No section is required: it may come from the file that is extended."""
     schema = Config.model_json_schema()
+    for section in (schema, schema["$defs"]["Data"]):
+        del section["required"]
     schema["properties"]["extends"] = {"type": "string", "description": "config file underneath this one"}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "fedsim config"}
 
@@ -40,12 +49,14 @@ def _first_line(factory: Any) -> str:
     return (inspect.getdoc(factory) or "").partition("\n")[0]
 
 
-def _keys(fields: dict[str, Any]) -> tuple[tuple[str, str, str], ...]:
-    return tuple(
-        (name, _type(field), "needed" if field.default is PydanticUndefined else f"default {_value(field.default)}")
-        for name, field in fields.items()
-        if name != "name"
-    )
+def _keys(fields: dict[str, Any], but: frozenset[str]) -> tuple[tuple[str, str, str], ...]:
+    return tuple((name, _type(field), _default(field.default)) for name, field in fields.items() if name not in but)
+
+
+def _default(value: Any) -> str:
+    if value is PydanticUndefined:
+        return "needed"
+    return f"default {value if isinstance(value, str) else as_yaml(value)}"
 
 
 _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
@@ -58,18 +69,11 @@ def _type(field: Any) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    if annotation is type(None):
-        return "null"
+    if annotation in (None, type(None), Any):
+        return "any" if annotation is Any else "null"
     if get_origin(annotation) is Literal:
         return " | ".join(str(choice) for choice in get_args(annotation))
     if isinstance(annotation, type) and not get_args(annotation):
         return {"str": "text", "bool": "true | false"}.get(annotation.__name__, annotation.__name__)
     inner = [_type_name(part) for part in get_args(annotation) if hasattr(part, "__name__") or get_args(part)]
     return f"list of {inner[0]}" if get_origin(annotation) is list else " | ".join(inner)
-
-
-def _value(value: Any) -> str:
-    """As YAML would have it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)

@@ -4,19 +4,21 @@ A component is named in YAML as ``digits`` or as ``{name: dirichlet, alpha: 0.3}
 factory that fedsim does not supply itself, with the annotated types and ranges; there is no second list to keep.
 """
 
+import difflib
 import importlib
 import inspect
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Union, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, create_model
 from pydantic.annotated_handlers import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from fedsim.config.tables import KINDS, Factory, Kind
 
-CUSTOM = "package.module:name"  # tag of somebody else's component, beside the names of a table
+FOREIGN = "package.module:name"  # tag of somebody else's component, beside the names of a table
 
 
 class Component(BaseModel):
@@ -35,24 +37,55 @@ class Component(BaseModel):
         return frozenset({"name"})
 
 
-class CustomComponent(Component):
-    """``name: "package.module:name"``; its parameters are checked once the module is imported."""
+class ModelComponent(Component):
+    """Keys that every model takes beside its own."""
+
+    init: Annotated[Literal["default"], Field(description="how parameters start")] = "default"
+    regularizers: Annotated[list[Any], Field(max_length=0, description="none in this version")] = Field(default=[])
+
+    @classmethod
+    def not_params(cls) -> frozenset[str]:
+        """See ``Component.not_params``."""
+        return frozenset({"name", "init", "regularizers"})
+
+
+class Foreign(Component):
+    """Somebody else's component; its annotations may be of any type."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+
+class Open(Foreign):
+    """Somebody else's component that takes any key."""
 
     model_config = ConfigDict(extra="allow")
-    name: Annotated[str, Field(pattern=r"^[^:\s]+:[^:\s]+$", description="somebody else's component")]
+
+
+FOREIGN_FORM = r"^\w[\w.]*:\w+$"
+ForeignName = Annotated[str, Field(pattern=FOREIGN_FORM, description="somebody else's component")]
+
+
+def base_of(kind: Kind) -> type[Component]:
+    """What all components of a kind have in common."""
+    return ModelComponent if kind is KINDS["models"] else Component
+
+
+def _with(base: type[Component], kind: Kind) -> tuple[type[Component], ...]:
+    """Bases of a foreign component; a later base's model_config wins."""
+    return (base,) if base_of(kind) is Component else (base_of(kind), base)
 
 
 def parameters(factory: Factory, kind: Kind) -> dict[str, inspect.Parameter]:
     """The YAML keys of a factory: its parameters that are not supplied by fedsim."""
     found = inspect.signature(factory).parameters
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {n: p for n, p in found.items() if p.kind in named and n not in kind.context}
+    not_keys = kind.context | {"name"}
+    return {n: p for n, p in found.items() if p.kind in named and n not in not_keys and not n.startswith("_")}
 
 
 def fields(factory: Factory, kind: Kind) -> dict[str, Any]:
     """Pydantic fields, name -> (annotated type, default), of a factory's YAML keys."""
-    target = factory.__init__ if inspect.isclass(factory) else factory
-    hints = get_type_hints(target, include_extras=True)
+    hints = _hints(factory)
     required = inspect.Parameter.empty
     return {
         name: (hints.get(name, Any), ... if parameter.default is required else parameter.default)
@@ -60,26 +93,44 @@ def fields(factory: Factory, kind: Kind) -> dict[str, Any]:
     }
 
 
-def model_of(name: str, factory: Factory, kind: Kind, base: type[Component] = Component) -> type[Component]:
+def _hints(factory: Factory) -> dict[str, Any]:
+    """Types of the parameters; {} where somebody else's annotations cannot be read, which are then not checked."""
+    try:
+        return get_type_hints(factory.__init__ if inspect.isclass(factory) else factory, include_extras=True)
+    except (NameError, TypeError):
+        return {}
+
+
+def model_of(name: str, factory: Factory, kind: Kind) -> type[Component]:
     """A pydantic model of one component's keys, ``name`` first."""
+    bases: tuple[type[Component], ...] = (base_of(kind),)
+    if is_foreign(name):
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(factory).parameters.values())
+        bases = _with(Open if takes_any else Foreign, kind)
     tag: Any = Literal[name]
-    return create_model(f"{kind.path}:{name}", __base__=base, name=(tag, ...), **fields(factory, kind))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a foreign parameter that has the name of a method of pydantic's
+        return create_model(f"{kind.path}:{name}", __base__=bases, name=(tag, ...), **fields(factory, kind))
+
+
+def keys_of(name: str, kind: Kind) -> list[str]:
+    """Every key that may stand beside ``name``."""
+    return [key for key in model_of(name, factory_of(name, kind), kind).model_fields if key != "name"]
 
 
 class Slot:
     """Annotation of a config field that holds a component of one kind: ``Annotated[Component, Slot("splits")]``."""
 
-    def __init__(self, kind: str, base: type[Component] = Component) -> None:
-        self.kind, self.base = KINDS[kind], base
+    def __init__(self, kind: str) -> None:
+        self.kind = KINDS[kind]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Validate by the table: one model per name, chosen by ``name``."""
         choices = [
-            Annotated[model_of(name, factory, self.kind, self.base), Tag(name)]
-            for name, factory in self.kind.table.items()
+            Annotated[model_of(name, factory, self.kind), Tag(name)] for name, factory in self.kind.table.items()
         ]
-        custom: Any = create_model("custom", __base__=(CustomComponent, self.base))
-        union = Union[(*choices, Annotated[custom, Tag(CUSTOM)])]  # type: ignore[valid-type]
+        foreign: Any = create_model("foreign", __base__=_with(Open, self.kind), name=(ForeignName, ...))
+        union = Union[(*choices, Annotated[foreign, Tag(FOREIGN)])]  # type: ignore[valid-type]
         chosen = Annotated[union, Discriminator(_tag), BeforeValidator(_mapping)]
         return handler.generate_schema(chosen)
 
@@ -90,12 +141,21 @@ class Slot:
 
 
 def _mapping(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
+    if isinstance(value, str):
+        return {"name": value}
+    if not isinstance(value, Mapping | Component):
+        raise PydanticCustomError("component", "must be a name, or a section with a name and its parameters")
+    return value
 
 
 def _tag(value: Any) -> Any:
     name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
-    return CUSTOM if isinstance(name, str) and ":" in name else name
+    return FOREIGN if is_foreign(name) else name
+
+
+def is_foreign(name: object) -> bool:
+    """Whether a component's name is of the form ``package.module:name``."""
+    return isinstance(name, str) and ":" in name
 
 
 def import_named(name: str) -> Any:
@@ -105,21 +165,28 @@ def import_named(name: str) -> Any:
         ValueError: it does not import, or the module has no such name; says why.
     """
     module, _, attribute = name.partition(":")
+    importlib.invalidate_caches()  # a file may have been written since this process last looked
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # whatever somebody else's module raises is for its author to read
+    except (Exception, SystemExit) as error:  # whatever somebody else's module raises is for its author to read
         raise ValueError(f"cannot import {module!r}: {type(error).__name__}: {error}") from error
     if not hasattr(found, attribute):
-        raise ValueError(f"module {module!r} has no {attribute!r}")
+        raise ValueError(f"module {module!r} has no {attribute!r}{did_you_mean(attribute, vars(found))}")
     factory = getattr(found, attribute)
     if not callable(factory):
-        raise ValueError(f"{name!r} is a {type(factory).__name__}, not something to call")
+        raise ValueError(f"must be a function or class, {name!r} is of type {type(factory).__name__}")
     return factory
 
 
-def factory_of(component: Component, kind: Kind) -> Factory:
-    """The function that makes this component."""
-    return import_named(component.name) if ":" in component.name else kind.table[component.name]
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``" (did you mean alpha?)"``, or nothing where nothing is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def factory_of(name: str, kind: Kind) -> Factory:
+    """The function that makes the component of this name."""
+    return import_named(name) if is_foreign(name) else kind.table[name]
 
 
 def call(factory: Factory, component: Component, kind: Kind, **context: Any) -> Any:

@@ -1,9 +1,11 @@
 """The config: sections, types, ranges, defaults, and the rules between keys."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from fedsim.config.components import Component, Slot
@@ -20,6 +22,31 @@ def _count_or_all(value: Any) -> Any:
 CountOrAll = Annotated[int | Literal["all"], BeforeValidator(_count_or_all)]
 
 
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+
+
+def _folder_name(value: str) -> str:
+    if re.fullmatch(_NAME, value):
+        return value
+    raise PydanticCustomError("folder_name", "must be letters, digits, . _ and -, a letter or digit first, at most 100")
+
+
+FolderName = Annotated[str, AfterValidator(_folder_name), Field(json_schema_extra={"pattern": _NAME})]
+
+
+def _folder(value: str) -> str:
+    try:
+        Path(value).expanduser()
+    except RuntimeError as error:
+        raise PydanticCustomError("folder", "must be a folder; there is no such home folder") from error
+    if not value or "\0" in value:
+        raise PydanticCustomError("folder", "must be a folder")
+    return value
+
+
+Folder = Annotated[str, AfterValidator(_folder)]
+
+
 class Section(BaseModel):
     """A mapping in the config. Unknown keys are errors; types are not coerced."""
 
@@ -30,24 +57,12 @@ class Data(Section):
     """Examples and who holds them."""
 
     dataset: Annotated[Component, Slot("datasets")]
-    root: Annotated[str | None, Field(description="folder of the files; null: known places")] = None
+    root: Annotated[Folder | None, Field(description="folder of the files; null: known places")] = None
     clients: Annotated[int | None, Field(ge=1, description="client count; null where the split knows it")] = None
     split: Annotated[Component, Slot("splits")] = Field(default="iid", validate_default=True)
     test_fraction: Annotated[
         float, Field(gt=0, lt=1, description="held out where the dataset has no test set of its own")
     ] = 0.2
-
-
-class ModelComponent(Component):
-    """Keys that every model takes beside its own."""
-
-    init: Annotated[Literal["default"], Field(description="how parameters start")] = "default"
-    regularizers: Annotated[list[Any], Field(max_length=0, description="none in this version")] = Field(default=[])
-
-    @classmethod
-    def not_params(cls) -> frozenset[str]:
-        """See ``Component.not_params``."""
-        return frozenset({"name", "init", "regularizers"})
 
 
 class Train(Section):
@@ -71,17 +86,27 @@ class Train(Section):
 class Config(Section):
     """One federation."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "run"
+    name: FolderName = "run"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     data: Data
-    model: Annotated[Component, Slot("models", ModelComponent)]
+    model: Annotated[Component, Slot("models")]
     train: Train = Field(default_factory=Train)
     strategy: Annotated[Component, Slot("strategies")] = Field(default="fedavg", validate_default=True)
     pruning: None = None
     transforms: Annotated[list[Any], Field(max_length=0, description="none in this version")] = []
     transfer: None = None
     engine: Annotated[Component, Slot("engines")] = Field(default="reference", validate_default=True)
-    output: Annotated[str, Field(min_length=1, description="folder of the run folders")] = "runs"
+    output: Annotated[Folder, Field(description="folder of the run folders")] = "runs"
+
+
+def default_name(path: str) -> str | None:
+    """Name of the component at a dotted key when the config does not give one; None if it must."""
+    section: Any = Config
+    *above, last = path.split(".")
+    for part in above:
+        section = section.model_fields[part].annotation
+    default = section.model_fields[last].default
+    return default if isinstance(default, str) else None
 
 
 def cross_problems(get: Callable[[str], Any]) -> list[str]:
@@ -95,8 +120,8 @@ def cross_problems(get: Callable[[str], Any]) -> list[str]:
     """
     problems = []
     clients, cohort, split = get("data.clients"), get("train.clients_per_round"), get("data.split.name")
-    if clients is None and split is not None and split not in COUNTED_SPLITS and ":" not in str(split):
+    if isinstance(get("data"), Mapping) and clients is None and split not in COUNTED_SPLITS and ":" not in str(split):
         problems.append(f"data.clients: needed, the split {split} does not know how many clients there are")
-    if isinstance(clients, int) and isinstance(cohort, int) and cohort > clients:
+    if type(clients) is int and type(cohort) is int and 1 <= clients < cohort:
         problems.append(f"train.clients_per_round: must be <= data.clients ({clients}), got {cohort}")
     return problems

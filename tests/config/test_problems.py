@@ -119,3 +119,8 @@ def test_all_problems_are_reported_at_once(problems):
 def test_an_empty_config_needs_data_and_a_model(problems):
     lines = problems({"data": {}, "model": None})
     assert [line.partition(": ")[0] for line in lines] == ["data.dataset", "model", "data.clients"]
+
+
+def test_a_key_that_is_called_like_its_component_does_not_confuse_the_path(problems):
+    lines = problems({"data.split": {"name": "iid", "iid": 3, "min_examples": -1}})
+    assert [line.split(":")[0] for line in lines] == ["data.split.min_examples", "data.split.iid"]
