@@ -192,8 +192,8 @@ class RunFolder:
         return content
 
     def environment(self) -> dict[str, Any]:
-        """Versions, host, device, threads and git state of the run; {} if the run broke off before it was written."""
-        return self._optional("environment.json")
+        """Versions, host, device, threads and git state of the run."""
+        return _json(self.path / "environment.json")
 
     def summary(self) -> dict[str, Any]:
         """Final and best metrics, totals, status; {} if the run broke off before it was written."""
@@ -244,8 +244,9 @@ def open_run(path: Path | str) -> RunFolder:
     path = Path(path)
     if not path.is_dir():
         raise DataError(f"{path}: no such run folder")
-    if not (path / "config.yaml").exists():
-        raise DataError(f"{path}: not a run folder (it has no config.yaml)")
+    for name in ("config.yaml", "environment.json"):
+        if not (path / name).exists():
+            raise DataError(f"{path}: not a run folder (it has no {name})")
     for name in ("summary.json", _STATE):
         found = _json(path / name).get("format", FORMAT) if (path / name).exists() else FORMAT
         if not isinstance(found, int) or found > FORMAT:

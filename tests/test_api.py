@@ -408,6 +408,9 @@ def test_what_was_never_a_run_cannot_be_resumed(tmp_path):
     with pytest.raises(DataError, match="not a run folder"):
         fedsim.resume(tmp_path)
     runs.write_config(tmp_path, config())
+    with pytest.raises(DataError, match=r"not a run folder \(it has no environment\.json\)"):
+        fedsim.resume(tmp_path)
+    runs.write_json(tmp_path / "environment.json", {})
     with pytest.raises(DataError, match=r"checkpoint/state\.json: missing"):
         fedsim.resume(tmp_path)
 

@@ -28,6 +28,7 @@ def result(round, accuracy):
 def folder(tmp_path):
     made = runs.create(tmp_path, "test")
     runs.write_config(made, {"name": "test"})
+    runs.write_json(made / "environment.json", {"host": "here"})
     return made
 
 

@@ -3,7 +3,7 @@
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.progress import TimeRemainingColumn as EtaColumn
 from rich.table import Table
 
@@ -114,12 +114,10 @@ class Live:
     def __init__(self, console: Console) -> None:
         self.bars = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            EtaColumn(),
+            EtaColumn(compact=True, elapsed_when_finished=True),
             console=console,
         )
         self.sent = 0
@@ -156,9 +154,10 @@ class Live:
         """Move the bar of rounds; the last known accuracy stays."""
         self.sent += record.bytes_up + record.bytes_down
         if record.accuracy is not None:
-            self.shown = f"accuracy {percent(record.accuracy)}  loss {record.loss:.3f}"
+            self.shown = f"accuracy {percent(record.accuracy)}"
         if self.rounds is not None:
-            facts = f"{self.shown}  {record.clients} clients  {si_bytes(self.sent)}"
+            time = "in" if record.round == self.bars.tasks[self.rounds].total else "eta"
+            facts = f"{self.shown}  {record.clients} clients  {si_bytes(self.sent)}  {time}"
             self.bars.update(self.rounds, completed=record.round, facts=facts)
 
 

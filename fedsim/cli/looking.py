@@ -28,18 +28,22 @@ def report(folder: Path = RUN) -> None:
 
 
 def compare(
-    folders: list[Path] = typer.Argument(metavar="RUN...", help="Run folders."),
-    page: Path = typer.Option(Path("comparison.html"), help="Where the page with the overlaid curves goes."),
+    folders: list[Path] = typer.Argument(metavar="RUN...", hidden=True),
+    page: Path = typer.Option(Path("comparison.html"), help="Where the page goes.", show_default=False),
 ) -> None:
-    """Put runs side by side: a table here, overlaid curves on a page. Runs that differ only in seed are averaged."""
-    from rich.console import Console
+    """Put runs side by side: a table, and overlaid curves on a page.
 
+    RUN... are run folders. Runs that differ in nothing but the seed are averaged. The page goes to comparison.html
+    unless --page says.
+    """
+    from fedsim.cli import display
     from fedsim.report import compare as comparing
     from fedsim.runs import open_run
 
+    _check_target("--page", page)
     opened = [open_run(folder) for folder in folders]
     compared = comparing.compare(opened)
-    console = Console()
+    console = display.console()
     console.print(_fitting(console, comparing.rows(compared)))
     if len(compared.groups) < len(compared.runs):
         console.print(_fitting(console, comparing.group_rows(compared)))

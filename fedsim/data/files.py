@@ -41,11 +41,10 @@ def npz(root: Path | None = None, *, path: str) -> Dataset:
         DataError: names the file, the array and the rule it breaks.
     """
     file = _below(root, path)
+    if file.is_file() and not zipfile.is_zipfile(file):
+        raise DataError(f"{file}: not an .npz archive of named arrays, as numpy.savez writes it")
     try:
-        archive = np.load(file, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise DataError(f"{file}: one bare array (.npy), not an .npz archive of named arrays")
-        with archive:
+        with np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{file}: cannot be read: {error}") from error

@@ -6,7 +6,9 @@ Layers are named conv1, norm1, conv2, ..., pool1, ..., fc1, ... and ``head``.
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Annotated
 
+from annotated_types import MinLen
 from torch import nn
 
 from fedsim.models.layers.norms import Norm, norm_2d
@@ -61,7 +63,7 @@ def cnn(
     input_shape: tuple[int, ...],
     num_classes: int,
     *,
-    channels: list[Count] = [32, 64],  # noqa: B006 -- only read; a list, so that it shows as YAML writes it
+    channels: Annotated[list[Count], MinLen(1)] = [32, 64],  # noqa: B006 -- only read; shown as in YAML
     kernel: Count = 5,
     hidden: Count = 512,
     norm: Norm = "none",

@@ -158,7 +158,7 @@ def test_files_that_are_no_archives_of_plain_arrays_are_errors_that_name_them(tm
         with pytest.raises(DataError, match=r"mine\.npz: "):
             npz(path=path)
     np.save(tmp_path / "mine.npy", X)
-    with pytest.raises(DataError, match=r"mine\.npy: one bare array"):
+    with pytest.raises(DataError, match=r"mine\.npy: not an \.npz archive"):
         npz(path=str(tmp_path / "mine.npy"))
     with pytest.raises(DataError, match=r"other\.npz: cannot be read"):
         npz(path=str(tmp_path / "other.npz"))

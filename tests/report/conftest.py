@@ -161,7 +161,6 @@ class Maker:
         clients: int = 20,
         with_summary: dict[str, Any] | None = None,
         with_split: dict[str, Any] | None = None,
-        with_environment: bool = True,
     ) -> Path:
         conf, made = conf or config(), records(20) if made is None else made
         folder = self.root / f"run-{next(self._count)}"
@@ -172,7 +171,7 @@ class Maker:
         for file, content in (
             ("summary.json", with_summary),
             ("split.json", with_split),
-            ("environment.json", ENVIRONMENT if with_environment else None),
+            ("environment.json", ENVIRONMENT),
         ):
             if content:
                 runs.write_json(folder / file, content)

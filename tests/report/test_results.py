@@ -24,7 +24,7 @@ def test_rounds_count_where_the_summary_is_older(make):
 
 
 def test_a_run_killed_before_its_first_round_has_no_results_and_is_not_called_finished(make):
-    found = results(runs.open_run(make(made=[], with_environment=False)))
+    found = results(runs.open_run(make(made=[])))
     assert found.status == "running"
     assert (found.final.accuracy, found.best.round, found.traffic, found.epsilon) == (None, None, 0, None)
 
