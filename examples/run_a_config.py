@@ -12,7 +12,8 @@ CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 def main() -> None:
     run = fedsim.run(CONFIG, {"train.rounds": 5, "name": "from-python"})
     for record in run.rounds:
-        print(f"round {record.round}: accuracy {record.accuracy:.3f}, worst clients {record.client_accuracy_p10:.3f}")
+        worst = record.client_accuracy_worst_tenth
+        print(f"round {record.round}: accuracy {record.accuracy:.3f}, in the worst tenth of clients {worst:.3f}")
 
     model = run.model()  # a torch.nn.Module with the final global parameters
     blank = torch.zeros(1, 1, 8, 8)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedsim.api import Run as Run
+    from fedsim.api import baseline as baseline
     from fedsim.api import load as load
     from fedsim.api import resume as resume
     from fedsim.api import run as run
+    from fedsim.api import split as split
 
 __version__ = "0.1.0"
-__all__ = ["Run", "load", "resume", "run"]
+__all__ = ["Run", "baseline", "load", "resume", "run", "split"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,7 @@
 """The Python API: run a config, resume a run, open a finished one. The command line stands on it."""
 
 import contextlib
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fedsim import environment, runs
-from fedsim.baselines import Alone, each_alone, merged
+from fedsim.baselines import Alone, Line, each_alone, merged, train_centralised
 from fedsim.config import build
 from fedsim.config import load as config_files
+from fedsim.config.foreign import importable
 from fedsim.config.schema import Config
 from fedsim.data.partition_files import save as save_partition
 from fedsim.engines.engine import Engine
@@ -22,7 +21,7 @@ from fedsim.errors import ConfigError, DataError, RunError
 from fedsim.federation import Federation, start
 from fedsim.federation import run as run_rounds
 from fedsim.params import check_alike, num_entries, of
-from fedsim.recording import SPLIT_DETAIL_CLIENTS, Facts, OnRound, Recording, record_rounds, split_facts
+from fedsim.recording import SPLIT_DETAIL_CLIENTS, Facts, OnRound, Recording, fingerprint, record_rounds, split_facts
 from fedsim.records import ClientEvaluation, Params, Partition, RoundRecord
 
 OnStart = Callable[["Run", Federation], None]
@@ -58,7 +57,7 @@ class Run:
         """The global model as it is now, in eval mode."""
         folder = runs.open_run(self.folder)
         tensors, shape = folder.model(), folder.summary()["model"]
-        with _importable(_config_folder(folder)):
+        with importable(_config_folder(folder)):
             config = config_files.check(folder.config())
             module = build.model(config, build.ModelShape(tuple(shape["input_shape"]), shape["num_classes"]))
         params, buffers = of(module)
@@ -101,7 +100,7 @@ def run(
         ClientError, RunError: the run failed; its state is in the folder.
         KeyboardInterrupt: the run was interrupted; its state is in the folder.
     """
-    with _importable(_folder_of(config)), _one_thread():
+    with importable(_folder_of(config)), one_thread():
         checked = config_files.load(config, overrides)
         federation, engine = build.federation(checked, progress)
         folder = _new_folder(checked, federation, engine, _folder_of(config))
@@ -124,29 +123,35 @@ def resume(
 
     Args:
         folder: the run folder. A finished run comes back as it is.
-        rounds: a new total, to make a run longer. None keeps ``train.rounds``.
+        rounds: a new total, to make a run longer. None keeps ``train.rounds``. The old last round was evaluated even
+            if ``train.eval_every`` would have passed it over; a run that was longer from the start lacks that line.
         on_start, on_round, progress: as in :func:`run`.
 
     Raises:
-        DataError: not a run folder, from a newer version, or a damaged checkpoint.
+        DataError: not a run folder, from a newer version, a damaged checkpoint, or the data is no longer the same.
         ConfigError: ``rounds`` is fewer than are done.
     """
     opened = runs.open_run(folder)
-    state = runs.load_checkpoint(opened.path)
     changes = {} if rounds is None else {"train.rounds": rounds}
-    with _importable(_config_folder(opened)), _one_thread():
+    with runs.locked(opened.path), importable(_config_folder(opened)), one_thread():
+        state = runs.load_checkpoint(opened.path)
         checked = config_files.load(opened.config(), changes)
         if checked.train.rounds < state.round:
             raise ConfigError(f"rounds: {opened.path} has {state.round} rounds already, got {checked.train.rounds}")
+        if checked.train.rounds == state.round and opened.summary().get("status") == "finished":
+            return Run(opened.path)
         federation, engine = build.federation(checked, progress)
+        _check_same_data(federation, opened)
         fresh = start(federation)
         _check_fits({**fresh.params, **fresh.buffers}, {**state.params, **state.buffers}, opened.path / "checkpoint")
-        with runs.locked(opened.path):
-            runs.trim(opened.path, state.round)
-            with Recording(opened.path, _facts(checked, federation), on_round or _ignore) as recording:
-                runs.write_config(opened.path, config_files.resolved(checked))
-                (on_start or _ignore)(Run(opened.path), federation)
-                run_rounds(federation, state, engine, recording.take)
+        runs.trim(opened.path, state.round)
+        runs.forget_end(opened.path)
+        with Recording(opened.path, _facts(checked, federation), on_round or _ignore) as recording:
+            runs.write_config(opened.path, config_files.resolved(checked))
+            resumed = {"round": state.round, **environment.describe(engine.describe())}
+            runs.add_environment(opened.path, resumed)
+            (on_start or _ignore)(Run(opened.path), federation)
+            run_rounds(federation, state, engine, recording.take)
     return Run(opened.path)
 
 
@@ -162,40 +167,42 @@ def baseline(
     config: str | Path | Mapping[str, Any],
     overrides: Mapping[str, Any] | None = None,
     *,
-    on_start: OnStart | None = None,
+    on_start: Callable[[Federation], None] | None = None,
     on_round: OnRound | None = None,
     on_client: Callable[[int, int], None] | None = None,
     progress: build.Progress = build.silent,
 ) -> Baselines:
-    """Run the two baselines of a federation from the same config.
+    """Run the two baselines of a federation from the same config: centralised, and every client alone.
 
-    *Centralised*: one client that holds all training examples, with the same rounds and epochs per round.
-    *Alone*: every client trains by itself (see ``fedsim.baselines``).
+    Both train on the federation's examples and are tested on its held-out examples (see ``fedsim.baselines``).
+    Neither folder can be resumed: they are written when all is done, and have no checkpoint.
 
     Args:
-        config, overrides, on_start, on_round, progress: as in :func:`run`; the hooks follow the centralised run.
+        config, overrides, progress: as in :func:`run`.
+        on_start: called once all is built, with the federation.
+        on_round: called after every round of the centralised training.
         on_client: called after each client that trained alone: clients done, clients in all.
 
     Returns:
         Both runs, named after the config with ``-centralised`` and ``-alone``.
     """
-    with _importable(_folder_of(config)), _one_thread():
+    with importable(_folder_of(config)), one_thread():
         checked = config_files.load(config, overrides)
-        plain = {"data.clients": 1, "data.split": "iid", "train.clients_per_round": "all", "train.sampling": "fixed"}
-        kept = {key: value for key, value in (overrides or {}).items() if not key.startswith("data.split")}
-        changes = {**kept, **plain, "name": f"{checked.name}-centralised"}
-        hooks: dict[str, Any] = {"on_start": on_start, "on_round": on_round, "progress": progress}
-        federation, engine = build.federation(checked, progress)  # first, so that what is wrong is known before work
-        centralised = run(config, changes, **hooks)
+        federation, engine = build.federation(checked, progress)
 
-        done: list[Alone] = []
+        def new(kind: str) -> Callable[[Iterable[Line]], Run]:
+            named = checked.model_copy(update={"name": f"{checked.name}-{kind}"})
+            folder = _new_folder(named, federation, engine, _folder_of(config))
+            return lambda lines: Run(record_rounds(folder, _facts(named, federation), lines))
+
+        record = new("centralised")  # the folder first: output that cannot be written is better known before the work
+        (on_start or _ignore)(federation)
+        together = record(train_centralised(federation, engine, on_round or _ignore))
+        record, done = new("alone"), list[Alone]()
         for one in each_alone(federation, engine):
             done.append(one)
             (on_client or _ignore)(len(done), federation.data.num_clients)
-        named = checked.model_copy(update={"name": f"{checked.name}-alone"})
-        folder = _new_folder(named, federation, engine, _folder_of(config))
-        record_rounds(folder, _facts(named, federation), merged(done))
-    return Baselines(centralised, Run(folder))
+        return Baselines(together, record(merged(done)))
 
 
 @dataclass(frozen=True)
@@ -217,7 +224,7 @@ def split(
     progress: build.Progress = build.silent,
 ) -> Split:
     """Load the data of a config and split it, without running anything."""
-    with _importable(_folder_of(config)):
+    with importable(_folder_of(config)):
         data = build.federated_data(config_files.load(config, overrides), progress)
     return Split(data.partition, data.train.labels, split_facts(data))
 
@@ -240,8 +247,9 @@ def _folder_of(config: str | Path | Mapping[str, Any]) -> Path:
 
 
 def _config_folder(folder: runs.RunFolder) -> Path:
-    """Where the config of a run was."""
-    return Path(folder.environment().get("config_folder", "."))
+    """Where the config of a run was. A run folder does not get to bring code of its own."""
+    found = Path(folder.environment().get("config_folder", ".")).resolve()
+    return Path.cwd() if found.is_relative_to(folder.path.resolve()) else found
 
 
 def _ignore(*_: object) -> None:
@@ -261,6 +269,14 @@ def _facts(config: Config, federation: Federation) -> Facts:
     )
 
 
+def _check_same_data(federation: Federation, folder: runs.RunFolder) -> None:
+    """Refuse to go on with other examples, or another split of them, than the run started with."""
+    before = folder.split().get("fingerprint")
+    if before is not None and before != fingerprint(federation.data):
+        rule = "must be what the run started with, but the examples or their split have changed"
+        raise DataError(f"data: {rule}; the run is {folder.path}")
+
+
 def _check_fits(expected: Params, found: Params, where: Path) -> None:
     """Refuse the tensors of another model."""
     try:
@@ -270,7 +286,7 @@ def _check_fits(expected: Params, found: Params, where: Path) -> None:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """One torch thread while a run goes on: results then do not depend on the number of cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -278,14 +294,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Let ``package.module:name`` find modules in the working folder and beside the config."""
-    before = list(sys.path)
-    sys.path[:0] = list(dict.fromkeys([os.getcwd(), str(folder.resolve())]))  # noqa: PTH109
-    try:
-        yield
-    finally:
-        sys.path[:] = before

@@ -1,10 +1,10 @@
-"""Each client on its own: what a client reaches that takes part in no federation.
+"""The two baselines of a federation: all of its data in one place, and each client on its own.
 
-Every client trains the same model from the same start with the same optimizer, batch size, epochs per round and
-rounds as in the federation, but takes part in every round, for nobody chooses it.
+Both train the same model from the same start on the federation's own training examples, with the same optimizer, batch
+size, epochs per round and rounds, and are tested on the same held-out examples.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,24 @@ from fedsim import rng
 from fedsim.engines.engine import Engine
 from fedsim.federation import Federation, RoundResult, run, start, with_spread
 from fedsim.records import ClientEvaluation, Partition, RoundRecord
+
+Line = tuple[RoundRecord, tuple[ClientEvaluation, ...]]  # what a round adds to a run folder
+
+
+def centralised(federation: Federation) -> Federation:
+    """The federation in which one client holds the examples of all; every client's held-out examples stay its own.
+
+    One round is ``local_epochs`` passes over all examples, whatever share of the clients the federation samples.
+    """
+    held = federation.data.partition
+    together = Partition(offsets=np.array([0, len(held.indices)]), indices=held.indices)
+    data = replace(federation.data, partition=together)
+    return replace(federation, data=data, clients_per_round=1, sampling="fixed")
+
+
+def train_centralised(federation: Federation, engine: Engine, on_round: Callable[[RoundRecord], None]) -> list[Line]:
+    """Train on all data in one place: the lines of every round."""
+    return _lines_of(centralised(federation), engine, on_round)
 
 
 @dataclass(frozen=True)
@@ -40,13 +58,27 @@ def _only(partition: Partition, client: int) -> Partition:
 def each_alone(federation: Federation, engine: Engine) -> Iterator[Alone]:
     """Train every client on its own, one after another, in order."""
     for client in range(federation.data.num_clients):
-        single, results = alone(federation, client), list[RoundResult]()
-        run(single, start(single), engine, results.append)
-        evaluations = tuple(replace(e, client=client) for result in results[1:] for e in result.evaluations)
-        yield Alone(client, tuple(result.record for result in results[1:]), evaluations)
+        lines = _lines_of(alone(federation, client), engine)
+        evaluations = tuple(replace(e, client=client) for _, own in lines for e in own)
+        yield Alone(client, tuple(record for record, _ in lines), evaluations)
 
 
-def merged(all_alone: Sequence[Alone]) -> Iterator[tuple[RoundRecord, tuple[ClientEvaluation, ...]]]:
+def _lines_of(single: Federation, engine: Engine, on_round: Callable[[RoundRecord], None] | None = None) -> list[Line]:
+    """Run a federation of one; nothing is sent, and of a round nothing but its lines is kept."""
+    lines: list[Line] = []
+
+    def take(result: RoundResult) -> None:
+        if result.record.round:
+            record = replace(result.record, bytes_up=0, bytes_down=0)
+            lines.append((record, result.evaluations))
+            if on_round:
+                on_round(record)
+
+    run(single, start(single), engine, take)
+    return lines
+
+
+def merged(all_alone: Sequence[Alone]) -> Iterator[Line]:
     """The rounds of all clients side by side, as the lines of a run folder.
 
     ``loss`` and ``accuracy`` are means over clients of their own models' on everybody's held-out data; the
@@ -65,7 +97,7 @@ def merged(all_alone: Sequence[Alone]) -> Iterator[tuple[RoundRecord, tuple[Clie
             bytes_up=0,
             bytes_down=0,
         )
-        yield with_spread(record, [e.accuracy for e in evaluations]), evaluations
+        yield with_spread(record, np.array([e.accuracy for e in evaluations])), evaluations
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,15 +19,16 @@ from fedsim.records import (
     ClientEvaluation,
     CohortUpdate,
     Indices,
-    Partition,
     RoundRecord,
     ServerState,
 )
 from fedsim.strategies.strategy import Strategy
 from fedsim.training.client import LocalWork
-from fedsim.training.evaluate import Scores
+from fedsim.training.evaluate import Floats, by_owner
 
 Sampling = Literal["fixed", "poisson"]
+
+LISTED_CLIENTS = 2000  # with more clients only the last round's evaluation lists every one of them
 
 
 @dataclass(frozen=True)
@@ -156,39 +157,26 @@ def _evaluated(
         bytes_down=result.bytes_down,
         skipped=result.skipped,
     )
-    evaluations: tuple[ClientEvaluation, ...] = ()
-    if round % federation.eval_every == 0 or round == federation.rounds:
-        broadcast, data = _broadcast(federation, state, round), federation.data
-        scores = cohorts.evaluate(broadcast, data.test)
-        by_client = scores if data.client_test is data.test else cohorts.evaluate(broadcast, data.client_test)
-        evaluations = by_owner(by_client, data.test_partition, round)
-        loss, accuracy = scores.mean()
-        record = with_spread(replace(record, loss=loss, accuracy=accuracy), [e.accuracy for e in evaluations])
-    return RoundResult(state, replace(record, seconds=time.perf_counter() - began), evaluations)
+    if round % federation.eval_every and round != federation.rounds:
+        return RoundResult(state, replace(record, seconds=time.perf_counter() - began), ())
+    broadcast, data = _broadcast(federation, state, round), federation.data
+    scores = cohorts.evaluate(broadcast, data.test)
+    on_clients = scores if data.client_test is data.test else cohorts.evaluate(broadcast, data.client_test)
+    own = by_owner(on_clients, data.test_partition)
+    loss, accuracy = scores.mean()
+    record = with_spread(replace(record, loss=loss, accuracy=accuracy), own.accuracy)
+    listed = data.test_partition.num_clients <= LISTED_CLIENTS or round == federation.rounds
+    return RoundResult(state, replace(record, seconds=time.perf_counter() - began), own.lines(round) if listed else ())
 
 
-def by_owner(scores: Scores, partition: Partition, round: int) -> tuple[ClientEvaluation, ...]:
-    """Each client's loss and accuracy on its own held-out examples; clients without any are left out."""
-    owners, held = torch.from_numpy(partition.owners()), torch.from_numpy(partition.indices)
-    sums = torch.zeros(3, partition.num_clients, dtype=torch.float64)
-    sums.index_add_(1, owners, torch.stack([scores.loss[held], scores.correct[held], scores.labels[held]]))
-    loss, correct, labels = sums.tolist()
-    sizes = partition.sizes().tolist()
-    return tuple(
-        ClientEvaluation(round, k, sizes[k], loss[k] / labels[k], correct[k] / labels[k])
-        for k in np.flatnonzero(np.asarray(labels) > 0).tolist()
-    )
-
-
-def with_spread(record: RoundRecord, accuracies: Sequence[float]) -> RoundRecord:
+def with_spread(record: RoundRecord, accuracies: Floats) -> RoundRecord:
     """Add mean, population standard deviation and mean of the worst tenth (rounded up) over clients, if any."""
-    if not accuracies:
+    if not len(accuracies):
         return record
-    ordered = np.sort(np.asarray(accuracies))
-    worst = ordered[: math.ceil(len(ordered) / 10)]
+    ordered = np.sort(accuracies)
     return replace(
         record,
         client_accuracy_mean=float(ordered.mean()),
         client_accuracy_std=float(ordered.std()),
-        client_accuracy_p10=float(worst.mean()),
+        client_accuracy_worst_tenth=float(ordered[: math.ceil(len(ordered) / 10)].mean()),
     )

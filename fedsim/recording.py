@@ -1,12 +1,15 @@
 """Writing a run folder while a run goes on, and how the run ended, however it ends."""
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import numpy as np
 
 from fedsim import runs
 from fedsim.data import heterogeneity
@@ -17,6 +20,7 @@ from fedsim.records import ClientEvaluation, RoundRecord
 from fedsim.summary import Metrics, Status, summarize
 
 SPLIT_DETAIL_CLIENTS = 2000  # split.json lists every client up to here
+FINGERPRINT_ENTRIES = 4_000_000  # of the inputs that are hashed; keeps it well under a second
 
 OnRound = Callable[[RoundRecord], None]
 
@@ -123,14 +127,29 @@ def _summary(
 
 def record_rounds(
     folder: Path, facts: Facts, lines: Iterable[tuple[RoundRecord, tuple[ClientEvaluation, ...]]]
-) -> None:
-    """Write rounds that are all there already, and a summary, to a folder without checkpoint or model."""
+) -> Path:
+    """Write rounds that are all there already, and a summary, to a folder without checkpoint or model; the folder."""
     records = []
     with _writing(folder):
         for record, evaluations in lines:
             runs.append_round(folder, record, evaluations)
             records.append(record)
         runs.write_json(folder / "summary.json", _summary(facts, records, None, "finished"))
+    return folder
+
+
+def fingerprint(data: FederatedData) -> str:
+    """A hash of who holds which examples: all labels and the split, and of the inputs a few million even picks."""
+    found = hashlib.sha256()
+    for array in (data.partition.offsets, data.partition.indices):
+        found.update(np.ascontiguousarray(array).tobytes())
+    for examples in (data.train, data.test):
+        inputs = examples.inputs.reshape(-1)
+        picked = inputs[:: max(1, len(inputs) // FINGERPRINT_ENTRIES)]
+        found.update(str((tuple(examples.inputs.shape), examples.inputs.dtype)).encode())
+        found.update(picked.contiguous().numpy().tobytes())
+        found.update(examples.labels.contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def split_facts(data: FederatedData, list_up_to: float = math.inf) -> dict[str, Any]:
@@ -152,6 +171,7 @@ def split_facts(data: FederatedData, list_up_to: float = math.inf) -> dict[str, 
         "num_examples": len(data.partition.indices),
         "num_classes": data.num_classes,
         "class_names": list(data.class_names),
+        "fingerprint": fingerprint(data),
         **{name: array.tolist() if detailed else None for name, array in lists.items()},
         "summary": heterogeneity.summary(counts),
     }

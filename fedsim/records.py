@@ -162,7 +162,7 @@ class RoundRecord:
     """One line of rounds.jsonl. ``loss`` and ``accuracy`` are on held-out data, None in rounds without evaluation.
 
     clients: number of clients that contributed. seconds: wall time of the round with its evaluation.
-    client_accuracy_*: over clients with held-out examples; ``_p10`` is the mean of the worst tenth.
+    client_accuracy_*: mean, standard deviation and mean of the worst tenth, over clients with held-out examples.
     """
 
     round: int
@@ -176,5 +176,5 @@ class RoundRecord:
     epsilon: float | None = None
     client_accuracy_mean: float | None = None
     client_accuracy_std: float | None = None
-    client_accuracy_p10: float | None = None
+    client_accuracy_worst_tenth: float | None = None
     skipped: tuple[int, ...] = ()

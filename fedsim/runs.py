@@ -136,16 +136,30 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         RunError: another process holds it.
     """
-    lock = filelock.FileLock(folder / ".lock")
+    lock = filelock.FileLock(folder / "checkpoint" / ".lock")
     try:
+        (folder / "checkpoint").mkdir(exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
         raise RunError(f"{folder}: another process is writing this run") from error
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from error
     try:
         yield
     finally:
-        lock.release()
-        (folder / ".lock").unlink(missing_ok=True)
+        lock.release()  # the file stays: whoever waits for it must not be left holding one that is gone
+
+
+def forget_end(folder: Path) -> None:
+    """Remove what a finished run wrote last, before it is made longer."""
+    for name in ("model.safetensors", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def add_environment(folder: Path, resumed: Mapping[str, Any]) -> None:
+    """Add to environment.json where and with what a run was resumed."""
+    found = RunFolder(folder).environment()
+    write_json(folder / "environment.json", {**found, "resumed": [*found.get("resumed", []), resumed]})
 
 
 def trim(folder: Path, last_round: int) -> None:

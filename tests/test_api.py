@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -9,15 +10,21 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import yaml
 
 import fedsim
 from fedsim import params as p
-from fedsim import runs
+from fedsim import rng, runs
+from fedsim.config import build, load
 from fedsim.engines import reference
+from fedsim.engines.engine import Job
 from fedsim.errors import ClientError, ConfigError, DataError, RunError
+from fedsim.federation import start
+from fedsim.records import Broadcast
 from fedsim.training.client import train_client
 
 CONTROL = '''
@@ -420,7 +427,7 @@ def test_what_was_never_a_run_cannot_be_resumed(tmp_path):
 
 def test_divergence_fails_the_run_and_names_round_and_client(monkeypatch):
     folders = []
-    with pytest.raises(ClientError, match=r"round 1, client \d: training diverged, train_loss is nan"):
+    with pytest.raises(ClientError, match=r"round 1, client \d: training diverged: train_loss is nan"):
         fedsim.run(
             config(optimizer={"name": "sgd", "lr": 1e30}),
             on_start=lambda run, federation: folders.append(run.folder),
@@ -483,7 +490,6 @@ def test_two_processes_cannot_write_one_run():
     with runs.locked(run.folder), pytest.raises(RunError, match="another process is writing this run"):
         fedsim.resume(run.folder, rounds=2)
     assert len(fedsim.resume(run.folder, rounds=2).rounds) == 2
-    assert not (run.folder / ".lock").exists()
 
 
 def test_a_run_with_missing_lines_is_not_resumed():
@@ -514,3 +520,82 @@ def test_frozen_parameters_stay_bit_for_bit_while_the_others_move(place, engine)
     ]
     assert torch.equal(states[0]["1.weight"], states[1]["1.weight"])
     assert all(not torch.equal(states[0][name], states[1][name]) for name in ("1.bias", "3.weight", "3.bias"))
+
+
+def test_a_run_that_is_made_longer_and_interrupted_has_the_model_of_its_checkpoint():
+    run = fedsim.run(config(rounds=2))
+
+    def stop(record):
+        if record.round == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fedsim.resume(run.folder, rounds=5, on_round=stop)
+    state = runs.load_checkpoint(run.folder)
+    assert state.round == 3
+    assert p.same_bits(dict(run.model().named_parameters()), state.params)
+
+
+def test_a_resume_is_written_down_in_the_environment():
+    run = fedsim.run(config(rounds=1))
+    assert "resumed" not in runs.open_run(run.folder).environment()
+    for rounds in (2, 3):
+        fedsim.resume(run.folder, rounds=rounds)
+    resumed = runs.open_run(run.folder).environment()["resumed"]
+    assert [(at["round"], at["engine"]["name"]) for at in resumed] == [(1, "reference"), (2, "reference")]
+
+
+def test_a_finished_run_comes_back_untouched():
+    run = fedsim.run(config(rounds=1))
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.folder.rglob("*") if path.is_file()}
+    fedsim.resume(run.folder)
+    assert before == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("what", ["inputs", "labels"])
+def test_a_run_does_not_go_on_with_other_data(place, what):
+    arrays = {"x": rng.normal(1, 60, 4).numpy(), "y": rng.bits(2, 60).numpy() % 3}
+    np.savez(place / "mine.npz", **arrays)
+    data = {"dataset": {"name": "npz", "path": "mine.npz"}, "clients": 3, "split": "iid"}
+    run = fedsim.run({**config(rounds=1, optimizer="sgd"), "data": data, "strategy": "fedavg"})
+    assert len(fedsim.resume(run.folder, rounds=2).rounds) == 2
+    arrays["x" if what == "inputs" else "y"] = np.roll(arrays["x" if what == "inputs" else "y"], 1, axis=0)
+    np.savez(place / "mine.npz", **arrays)
+    with pytest.raises(DataError, match="data: must be what the run started with"):
+        fedsim.resume(run.folder, rounds=3)
+
+
+MINE = "from torch import nn\n\ndef mine():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias={}))\n"
+
+
+def test_a_module_is_never_mistaken_for_another_of_the_same_name(place):
+    for folder, bias in (("one", True), ("two", False)):
+        (place / folder).mkdir()
+        (place / folder / "mine_twice.py").write_text(MINE.format(bias))
+        written = {**config(rounds=1), "model": "mine_twice:mine", "strategy": "fedavg"}
+        (place / folder / "c.yaml").write_text(yaml.safe_dump(written))
+    assert fedsim.run(place / "one" / "c.yaml").summary["model"]["parameters"] == 650
+    with pytest.raises(ConfigError, match=r"two/mine_twice\.py has the name of .*one/mine_twice\.py"):
+        fedsim.run(place / "two" / "c.yaml")
+
+
+def test_a_run_folder_does_not_bring_code_of_its_own(place):
+    run = fedsim.run(config(rounds=1))
+    (run.folder / "planted.py").write_text("raise SystemExit('planted code ran')")
+    environment = runs.open_run(run.folder).environment()
+    runs.write_json(run.folder / "environment.json", {**environment, "config_folder": str(run.folder)})
+    runs.write_config(run.folder, {**run.config, "model": {"name": "planted:model"}})
+    with pytest.raises(ConfigError, match="No module named 'planted'"):
+        run.model()
+
+
+def test_all_that_an_engine_needs_can_be_sent_to_another_process():
+    made, _ = build.federation(load.load({**config(), "strategy": "fedavg"}))
+    job = pickle.loads(pickle.dumps(Job(made.work, made.data, made.strategy, made.on_nan)))
+    first = start(made)
+    broadcast = Broadcast(first.params, first.buffers, {}, 1)
+    one, other = (
+        train_client(each.work, broadcast, 2, each.data.client(2), state={}, key=9)
+        for each in (job, Job(made.work, made.data, made.strategy, made.on_nan))
+    )
+    assert p.same_bits(one.update, other.update)

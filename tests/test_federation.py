@@ -14,14 +14,14 @@ from fedsim import rng
 from fedsim.data.federated import FederatedData
 from fedsim.engines.reference import reference
 from fedsim.errors import ClientError, RunError
-from fedsim.federation import Federation, by_owner, cohort, run, start, with_spread
+from fedsim.federation import Federation, cohort, run, start, with_spread
 from fedsim.models.layers.dropouts import Dropout
 from fedsim.models.layers.keyed import key_names
 from fedsim.records import Examples, Partition, RoundRecord
 from fedsim.strategies.server_rules import ServerRule
 from fedsim.strategies.strategy import Strategy, fedavg
 from fedsim.training.client import LocalWork
-from fedsim.training.evaluate import Scores, score
+from fedsim.training.evaluate import Scores, by_owner, score
 from fedsim.training.local_rule import LocalRule
 from fedsim.training.optimizers import sgd
 
@@ -257,7 +257,7 @@ def test_each_client_is_scored_on_its_own_examples():
     loss, correct = rng.normal(1, 9, dtype=torch.float64), torch.tensor([1.0, 0, 2, 0, 1, 1, 0, 0, 3])
     labels = torch.tensor([2.0, 1, 3, 0, 1, 2, 1, 1, 3])
     owners = Partition(np.array([0, 3, 3, 4, 8]), np.array([8, 2, 5, 3, 0, 1, 7, 6]))
-    rows = by_owner(Scores(loss, correct, labels), owners, 6)
+    rows = by_owner(Scores(loss, correct, labels), owners).lines(6)
     expected = []
     for k in range(4):
         own = owners.client(k).tolist()
@@ -302,7 +302,7 @@ def test_the_worst_tenth_is_rounded_up(clients):
     left, worst = list(accuracies), []
     while 10 * len(worst) < clients:
         worst.append(left.pop(left.index(min(left))))
-    assert record.client_accuracy_p10 == pytest.approx(sum(worst) / len(worst), abs=1e-12)
+    assert record.client_accuracy_worst_tenth == pytest.approx(sum(worst) / len(worst), abs=1e-12)
     mean = math.fsum(accuracies) / clients
     variance = math.fsum((a - mean) ** 2 for a in accuracies) / clients
     assert record.client_accuracy_mean == pytest.approx(mean, abs=1e-12)
@@ -311,4 +311,4 @@ def test_the_worst_tenth_is_rounded_up(clients):
 
 def test_without_clients_there_is_no_spread():
     blank = RoundRecord(1, 0.0, 0.0, None, 0, 0.0, 0, 0)
-    assert with_spread(blank, []) == blank
+    assert with_spread(blank, np.array([])) == blank

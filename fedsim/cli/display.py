@@ -8,24 +8,7 @@ from rich.progress import TimeRemainingColumn as EtaColumn
 from rich.table import Table
 
 from fedsim.records import RoundRecord
-
-
-def si_bytes(n: float) -> str:
-    """A number of bytes for people.
-
-    >>> si_bytes(1_234_567)
-    '1.2 MB'
-    """
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if n < 1000 or unit == "TB":
-            break
-        n /= 1000
-    return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-
-
-def percent(value: float | None) -> str:
-    """A share in [0, 1] for people; a dash for none."""
-    return "-" if value is None else f"{100 * value:.2f}%"
+from fedsim.report.numbers import ABSENT, percent, size
 
 
 class _Console(Console):
@@ -80,7 +63,7 @@ class Lines:
         """Say once that a file is being fetched."""
         if name not in self.loaded:
             self.loaded.add(name)
-            self.line(f"fetching {name} ({si_bytes(total) if total else 'size unknown'})")
+            self.line(f"fetching {name} ({size(total) if total else 'size unknown'})")
 
     def step(self, name: str, done: int, total: int) -> None:
         """Say how far it has come."""
@@ -94,10 +77,10 @@ class Lines:
     def round(self, record: RoundRecord) -> None:
         """Say how the round went."""
         self.sent += record.bytes_up + record.bytes_down
-        loss = "-" if record.loss is None else f"{record.loss:.4f}"
+        loss = ABSENT if record.loss is None else f"{record.loss:.4f}"
         self.line(
             f"round {record.round}/{self.total}  accuracy {percent(record.accuracy)}  loss {loss}  "
-            f"clients {record.clients}  sent {si_bytes(self.sent)}  {record.seconds:.2f} s"
+            f"clients {record.clients}  sent {size(self.sent)}  {record.seconds:.2f} s"
         )
 
     def line(self, text: str) -> None:
@@ -134,7 +117,7 @@ class Live:
 
     def loading(self, name: str, done: int, total: int | None) -> None:
         """Move the file's bar."""
-        self._move(f"fetching {name}", done, total, si_bytes(done))
+        self._move(f"fetching {name}", done, total, size(done))
 
     def step(self, name: str, done: int, total: int) -> None:
         """Move its bar."""
@@ -157,7 +140,7 @@ class Live:
             self.shown = f"accuracy {percent(record.accuracy)}"
         if self.rounds is not None:
             time = "in" if record.round == self.bars.tasks[self.rounds].total else "eta"
-            facts = f"{self.shown}  {record.clients} clients  {si_bytes(self.sent)}  {time}"
+            facts = f"{self.shown}  {record.clients} clients  {size(self.sent)}  {time}"
             self.bars.update(self.rounds, completed=record.round, facts=facts)
 
 
@@ -174,14 +157,14 @@ def result_table(summary: dict[str, Any]) -> Table:
         ("status", summary["status"]),
         ("rounds", f"{summary['rounds_done']} of {summary['rounds']}"),
         ("accuracy", f"{percent(final.get('accuracy'))} final, {percent(best.get('accuracy'))} best"),
-        ("loss", "-" if final.get("loss") is None else f"{final['loss']:.4f}"),
+        ("loss", ABSENT if final.get("loss") is None else f"{final['loss']:.4f}"),
     ]
     if "target_accuracy" in summary:
         reached = summary["rounds_to_target"]
         after = "not reached" if reached is None else f"after {reached:.2f} rounds"
         rows.append((f"{percent(summary['target_accuracy'])} accuracy", after))
     rows += [
-        ("sent", f"{si_bytes(totals['bytes_up'])} up, {si_bytes(totals['bytes_down'])} down"),
+        ("sent", f"{size(totals['bytes_up'])} up, {size(totals['bytes_down'])} down"),
         ("time", f"{totals['seconds']:.1f} s"),
     ]
     for name, value in rows:

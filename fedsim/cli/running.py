@@ -100,26 +100,23 @@ def baseline(config: Path = CONFIG, changes: list[str] = CHANGES) -> None:
     from fedsim import api
     from fedsim.cli import display
     from fedsim.config.read import parse_overrides
+    from fedsim.report.numbers import percent
 
     console = display.console()
-    with _resumable() as begun, display.for_console(console) as shown:
-
-        def on_start(run: "Run", federation: "Federation") -> None:
-            begun.append(run.folder)
-            shown.begin(_title(run), 0, federation.rounds)
-
-        def on_client(done: int, clients: int) -> None:
-            begun.clear()  # the centralised run is finished
-            shown.step("clients alone", done, clients)
-
-        hooks: dict[str, Any] = {"on_round": shown.round, "progress": shown.loading}
-        overrides = parse_overrides(changes or [])
-        done = api.baseline(config, overrides, on_start=on_start, on_client=on_client, **hooks)
+    with display.for_console(console) as shown:
+        done = api.baseline(
+            config,
+            parse_overrides(changes or []),
+            on_start=lambda federation: shown.begin("centralised", 0, federation.rounds),
+            on_round=shown.round,
+            on_client=lambda done, clients: shown.step("clients alone", done, clients),
+            progress=shown.loading,
+        )
     console.print(f"{'':14}{'all held-out':>14}{'own held-out, mean over clients':>34}", highlight=False)
     for name, run in (("centralised", done.centralised), ("alone", done.alone)):
         last = run.rounds[-1]
-        own = f"{display.percent(last.client_accuracy_mean)} ± {display.percent(last.client_accuracy_std)}"
-        line = f"  {name:<12}{display.percent(last.accuracy):>14}{own:>34}  {run.folder}"
+        own = f"{percent(last.client_accuracy_mean)} ± {percent(last.client_accuracy_std)}"
+        line = f"  {name:<12}{percent(last.accuracy):>14}{own:>34}  {run.folder}"
         console.print(line, highlight=False, soft_wrap=True)
         _report(run)
 

@@ -4,11 +4,9 @@ A component is named in YAML as ``digits`` or as ``{name: dirichlet, alpha: 0.3}
 factory that fedsim does not supply itself, with the annotated types and ranges; there is no second list to keep.
 """
 
-import difflib
-import importlib
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_type_hints
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, create_model
@@ -16,6 +14,7 @@ from pydantic.annotated_handlers import GetCoreSchemaHandler, GetJsonSchemaHandl
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
+from fedsim.config.foreign import import_named
 from fedsim.config.tables import KINDS, Factory, Kind
 
 FOREIGN = "package.module:name"  # tag of somebody else's component, beside the names of a table
@@ -156,32 +155,6 @@ def _tag(value: Any) -> Any:
 def is_foreign(name: object) -> bool:
     """Whether a component's name is of the form ``package.module:name``."""
     return isinstance(name, str) and ":" in name
-
-
-def import_named(name: str) -> Any:
-    """The object that ``package.module:name`` names.
-
-    Raises:
-        ValueError: it does not import, or the module has no such name; says why.
-    """
-    module, _, attribute = name.partition(":")
-    importlib.invalidate_caches()  # a file may have been written since this process last looked
-    try:
-        found = importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # whatever somebody else's module raises is for its author to read
-        raise ValueError(f"cannot import {module!r}: {type(error).__name__}: {error}") from error
-    if not hasattr(found, attribute):
-        raise ValueError(f"module {module!r} has no {attribute!r}{did_you_mean(attribute, vars(found))}")
-    factory = getattr(found, attribute)
-    if not callable(factory):
-        raise ValueError(f"must be a function or class, {name!r} is of type {type(factory).__name__}")
-    return factory
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``" (did you mean alpha?)"``, or nothing where nothing is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def factory_of(name: str, kind: Kind) -> Factory:

@@ -8,9 +8,10 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from fedsim.config.components import FOREIGN_FORM, call, did_you_mean, factory_of, is_foreign, keys_of, model_of
+from fedsim.config.components import FOREIGN_FORM, call, factory_of, is_foreign, keys_of, model_of
 from fedsim.config.read import as_yaml, at
 from fedsim.config.schema import Config, Data, Train, default_name
+from fedsim.config.spelling import did_you_mean
 from fedsim.config.tables import KINDS, Kind
 
 _SLOTS = {kind.path: kind for kind in KINDS.values()}

@@ -1,12 +1,12 @@
 """What an engine is, and the part that all engines share: how results of single clients become a cohort's."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 
-from fedsim import params as p
 from fedsim.data.federated import FederatedData
 from fedsim.errors import ClientError
 from fedsim.records import Broadcast, ClientUpdate, CohortUpdate, Examples, Params
@@ -82,20 +82,20 @@ def collect(
     done: list[ClientUpdate] = []
     skipped: list[int] = []
     for result in updates:
-        if not _finite(result):
-            if job.on_nan == "fail":
-                what = f"training diverged, train_loss is {result.metrics['train_loss']} (train.on_nan is fail)"
-                raise ClientError(broadcast.round, result.client, what)
+        moved = _moved(result.buffers, broadcast.buffers)
+        wrong = _not_finite(result, moved)
+        if wrong and job.on_nan == "fail":
+            raise ClientError(broadcast.round, result.client, f"training diverged: {wrong} (train.on_nan is fail)")
+        if wrong:
             skipped.append(result.client)
             continue
         share = weight(job.strategy.weighting, result.num_examples)
         updates_sum = aggregate.add(updates_sum, result.update, share)
-        buffers_sum = aggregate.add(buffers_sum, _moved(result.buffers, broadcast.buffers), share)
+        buffers_sum = aggregate.add(buffers_sum, moved, share)
         done.append(_without_tensors(result))
-    moved = aggregate.finish(buffers_sum)
     return CohortUpdate(
         update=aggregate.finish(updates_sum),
-        buffers=None if moved is None else {n: b + moved[n] if n in moved else b for n, b in broadcast.buffers.items()},
+        buffers=_advanced(broadcast.buffers, aggregate.finish(buffers_sum)),
         clients=tuple(result.client for result in done),
         num_examples=tuple(result.num_examples for result in done),
         skipped=tuple(skipped),
@@ -106,14 +106,29 @@ def collect(
     )
 
 
-def _finite(result: ClientUpdate) -> bool:
-    losses = torch.tensor(list(result.metrics.values()))
-    return bool(losses.isfinite().all()) and p.all_finite(result.update) and p.all_finite(result.buffers)
+def _not_finite(result: ClientUpdate, moved: Params) -> str | None:
+    """What is NaN or infinite in a result, in words; None if nothing is."""
+    for name, value in result.metrics.items():
+        if not math.isfinite(value):
+            return f"{name} is {value}"
+    for what, tensors in (("update", result.update), ("buffer", moved), ("state", result.state)):
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                return f"the {what} {name} is not finite"
+    return None
 
 
 def _moved(buffers: Params, before: Params) -> Params:
-    """How far the floating-point buffers have moved. What does not move, a frozen parameter, then stays bit for bit."""
-    return {name: b - before[name] for name, b in buffers.items() if b.is_floating_point()}
+    """How far each floating-point buffer has moved; exactly 0 for one that has not, even if it holds an infinity."""
+    floating = {name: b for name, b in buffers.items() if b.is_floating_point()}
+    return {n: torch.zeros_like(b) if torch.equal(b, before[n]) else b - before[n] for n, b in floating.items()}
+
+
+def _advanced(buffers: Params, moved: Params | None) -> Params | None:
+    """Buffers after the mean move. What nobody moved, a frozen parameter say, stays bit for bit."""
+    if moved is None:
+        return None
+    return {n: b + moved[n] if n in moved and bool(moved[n].any()) else b for n, b in buffers.items()}
 
 
 def _without_tensors(result: ClientUpdate) -> ClientUpdate:

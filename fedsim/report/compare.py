@@ -12,7 +12,8 @@ from typing import Any
 
 from fedsim import runs
 from fedsim.report.figures import Series
-from fedsim.report.page import ABSENT, Chart, Table, curve_chart, duration, leaves, number, percent, render, size
+from fedsim.report.numbers import ABSENT, duration, number, percent, size
+from fedsim.report.page import Chart, Table, curve_chart, leaves, render
 from fedsim.report.results import Results, curve, results
 from fedsim.runs import RunFolder
 

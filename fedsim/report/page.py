@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from fedsim.report import figures, svg
 from fedsim.report.figures import Series
+from fedsim.report.numbers import byte_unit, number, percent
 
 _HERE = Path(__file__).parent
-ABSENT = "–"  # noqa: RUF001  # a dash, as in a printed table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ def curve_chart(
     longest = max(max(s.x) for s in series)
     if x == "bytes" and longest == 0:
         return Chart(title, note="Nothing was sent, so there is no traffic to draw against.")
-    divisor, unit = _byte_unit(longest) if x == "bytes" else (1, "")
+    divisor, unit = byte_unit(longest) if x == "bytes" else (1, "")
     scaled = [dataclasses.replace(s, x=[value / divisor for value in s.x]) for s in series]
     label = f"traffic, both directions ({unit})" if x == "bytes" else x
     figure = figures.curves(scaled, x=label, y=y, percent=fraction, target=target)
@@ -116,67 +116,3 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[path] = value
     return found
-
-
-# ---------------------------------------------------------------- numbers as text
-
-
-def percent(fraction: float | None, digits: int | None = 2) -> str:
-    """A fraction as per cent; ``digits`` None writes as few as needed.
-
-    >>> percent(0.9142), percent(0.8, None), percent(None)
-    ('91.42 %', '80 %', '–')
-    """
-    if fraction is None:
-        return ABSENT
-    return f"{100 * fraction:g} %" if digits is None else f"{100 * fraction:.{digits}f} %"
-
-
-def number(value: float | None) -> str:
-    """Four significant digits; whole numbers in full, with thousands set apart.
-
-    >>> number(0.28765), number(12345), number(None)
-    ('0.2877', '12,345', '–')
-    """
-    if value is None:
-        return ABSENT
-    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
-
-
-def _byte_unit(count: float) -> tuple[int, str]:
-    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
-        if count >= 1000**power:
-            return 1000**power, unit
-    return 1, "B"
-
-
-def size(count: float | None) -> str:
-    """Bytes in decimal units.
-
-    >>> size(999), size(24_700_000)
-    ('999 B', '24.7 MB')
-    """
-    if count is None:
-        return ABSENT
-    divisor, unit = _byte_unit(count)
-    scaled = count / divisor
-    digits = 0 if divisor == 1 or scaled >= 100 else 1 if scaled >= 10 else 2
-    return f"{scaled:.{digits}f} {unit}"
-
-
-def duration(seconds: float | None) -> str:
-    """Wall time with the two largest units.
-
-    >>> duration(0.4), duration(75), duration(7260)
-    ('0.40 s', '1 min 15 s', '2 h 1 min')
-    """
-    if seconds is None:
-        return ABSENT
-    if seconds < 60:
-        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
-    first = next(i for i, (amount, _) in enumerate(parts) if amount)
-    return " ".join(f"{amount} {unit}" for amount, unit in parts[first : first + 2])

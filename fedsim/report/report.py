@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 from fedsim import runs
 from fedsim.report import sections
-from fedsim.report.page import ABSENT, duration, leaves, number, percent, render, size
+from fedsim.report.numbers import ABSENT, duration, number, percent, size
+from fedsim.report.page import leaves, render
 from fedsim.report.results import Point, Results, results
 
 _KEY = re.compile(r"^( *(?:- )*)([^\s:#'&\"-][^:\n]*)(?=:(?: |$))", re.MULTILINE)

@@ -9,7 +9,8 @@ import numpy as np
 from fedsim.records import ClientEvaluation, Indices
 from fedsim.report import figures
 from fedsim.report.figures import Floats, Series
-from fedsim.report.page import ABSENT, Chart, Key, Table, chart, curve_chart, duration, number, percent, size
+from fedsim.report.numbers import ABSENT, duration, number, percent, size
+from fedsim.report.page import Chart, Key, Table, chart, curve_chart
 from fedsim.report.results import Results, curve
 
 

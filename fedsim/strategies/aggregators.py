@@ -31,21 +31,23 @@ class _Sum:
 
 def weighted_mean() -> Aggregator:
     """``sum_k w_k u_k / sum_k w_k``, added up in the order of arrival in the updates' own dtype."""
+    return Aggregator(_nothing_yet, _added, _mean, linear=True)
 
-    def start() -> _Sum:
-        return _Sum({}, 0.0)
 
-    def add(acc: _Sum, update: Params, weight: float) -> _Sum:
-        if not weight > 0:
-            raise ValueError(f"weight must be > 0, got {weight}")
-        if not acc.total:
-            return _Sum({name: tensor * weight for name, tensor in update.items()}, weight)
-        check_alike(acc.total, update)
-        for name, tensor in update.items():
-            acc.total[name].add_(tensor, alpha=weight)
-        return _Sum(acc.total, acc.weight + weight)
+def _nothing_yet() -> _Sum:
+    return _Sum({}, 0.0)
 
-    def finish(acc: _Sum) -> Params | None:
-        return {name: tensor / acc.weight for name, tensor in acc.total.items()} if acc.weight else None
 
-    return Aggregator(start, add, finish, linear=True)
+def _added(acc: _Sum, update: Params, weight: float) -> _Sum:
+    if not weight > 0:
+        raise ValueError(f"weight must be > 0, got {weight}")
+    if not acc.weight:
+        return _Sum({name: tensor * weight for name, tensor in update.items()}, weight)
+    check_alike(acc.total, update)
+    for name, tensor in update.items():
+        acc.total[name].add_(tensor, alpha=weight)
+    return _Sum(acc.total, acc.weight + weight)
+
+
+def _mean(acc: _Sum) -> Params | None:
+    return {name: tensor / acc.weight for name, tensor in acc.total.items()} if acc.weight else None

@@ -1,6 +1,7 @@
 """How the aggregate moves the global model."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from fedsim import params as p
@@ -22,8 +23,12 @@ class ServerRule(NamedTuple):
 
 def sgd(*, lr: float) -> ServerRule:
     """``w <- w + lr * update``; lr = 1 adopts the clients' mean."""
+    return ServerRule(_nothing, partial(_sgd_step, lr=lr), _nothing)
 
-    def step(params: Params, update: Params, state: Params) -> tuple[Params, Params]:
-        return p.add_scaled(params, update, lr), state
 
-    return ServerRule(lambda _: {}, step, lambda _: {})
+def _nothing(_: Params) -> Params:
+    return {}
+
+
+def _sgd_step(params: Params, update: Params, state: Params, *, lr: float) -> tuple[Params, Params]:
+    return p.add_scaled(params, update, lr), state

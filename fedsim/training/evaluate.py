@@ -2,14 +2,18 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedsim.records import IGNORED, Examples, Indices, Params
+from fedsim.records import IGNORED, ClientEvaluation, Examples, Indices, Params, Partition
 
-BATCH = 500  # examples per forward pass; bounds memory, does not change the result
+Floats = npt.NDArray[np.float64]
+
+BATCH = 500  # examples per forward pass; bounds memory, changes losses by no more than rounding
 
 
 @dataclass(frozen=True)
@@ -20,11 +24,10 @@ class Scores:
     correct: Tensor
     labels: Tensor
 
-    def mean(self, indices: Indices | None = None) -> tuple[float, float]:
-        """(loss, accuracy) per label over all examples, or over those at ``indices``. NaN if no label counts."""
-        chosen = slice(None) if indices is None else torch.from_numpy(indices)
-        loss, correct, labels = self.loss[chosen].sum(), self.correct[chosen].sum(), self.labels[chosen].sum()
-        return float(loss / labels), float(correct / labels)
+    def mean(self) -> tuple[float, float]:
+        """(loss, accuracy) per label over all examples. NaN if no label counts."""
+        labels = self.labels.sum()
+        return float(self.loss.sum() / labels), float(self.correct.sum() / labels)
 
 
 @torch.no_grad()
@@ -50,3 +53,28 @@ def score(model: nn.Module, params: Params, buffers: Params, examples: Examples)
         parts.append([t.reshape(len(inputs), -1).double().sum(1) for t in (losses, correct, counts)])
     loss, correct, counts = (torch.cat(column) for column in zip(*parts, strict=True))
     return Scores(loss, correct, counts)
+
+
+@dataclass(frozen=True)
+class OwnerScores:
+    """The global model on each client's own held-out examples; clients without any are left out. Arrays (clients,)."""
+
+    client: Indices
+    num_examples: Indices
+    loss: Floats
+    accuracy: Floats
+
+    def lines(self, round: int) -> tuple[ClientEvaluation, ...]:
+        """One line of clients.jsonl per client."""
+        columns = (self.client, self.num_examples, self.loss, self.accuracy)
+        return tuple(ClientEvaluation(round, *row) for row in zip(*(c.tolist() for c in columns), strict=True))
+
+
+def by_owner(scores: Scores, partition: Partition) -> OwnerScores:
+    """Sum scores over the examples of each client."""
+    owners, held = torch.from_numpy(partition.owners()), torch.from_numpy(partition.indices)
+    sums = torch.zeros(3, partition.num_clients, dtype=torch.float64)
+    sums.index_add_(1, owners, torch.stack([scores.loss[held], scores.correct[held], scores.labels[held]]))
+    loss, correct, labels = sums.numpy()
+    some = np.flatnonzero(labels > 0)
+    return OwnerScores(some, partition.sizes()[some], loss[some] / labels[some], correct[some] / labels[some])

@@ -1,6 +1,7 @@
 """Client optimizers as pairs of pure functions; state is a parameter dict, so it can be stacked, saved and sent."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, NamedTuple
 
 import torch
@@ -46,21 +47,26 @@ def sgd(
     if nesterov and momentum == 0:
         raise ValueError("nesterov needs momentum > 0, got momentum 0")
 
-    def init(params: Params) -> Params:
-        return {n: torch.zeros_like(p) for n, p in params.items()} if momentum else {}
+    return Optimizer(
+        partial(_sgd_init, momentum=momentum),
+        partial(_sgd_step, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov),
+    )
 
-    def step(params: Params, grads: Params, state: Params) -> tuple[Params, Params]:
-        direction = (
-            {n: torch.add(grads[n], p, alpha=weight_decay) for n, p in params.items()} if weight_decay else grads
-        )
-        if momentum:
-            state = {n: torch.add(direction[n], v, alpha=momentum) for n, v in state.items()}
-            ahead = {n: torch.add(direction[n], v, alpha=momentum) for n, v in state.items()} if nesterov else state
-        else:
-            ahead = direction
-        return {n: torch.add(p, ahead[n], alpha=-lr) for n, p in params.items()}, state
 
-    return Optimizer(init, step)
+def _sgd_init(params: Params, *, momentum: float) -> Params:
+    return {n: torch.zeros_like(p) for n, p in params.items()} if momentum else {}
+
+
+def _sgd_step(
+    params: Params, grads: Params, state: Params, *, lr: float, momentum: float, weight_decay: float, nesterov: bool
+) -> tuple[Params, Params]:
+    direction = grads
+    if weight_decay:
+        direction = {n: torch.add(grads[n], p, alpha=weight_decay) for n, p in params.items()}
+    if momentum:
+        state = {n: torch.add(direction[n], v, alpha=momentum) for n, v in state.items()}
+        direction = {n: torch.add(direction[n], v, alpha=momentum) for n, v in state.items()} if nesterov else state
+    return {n: torch.add(p, direction[n], alpha=-lr) for n, p in params.items()}, state
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgd": sgd}

@@ -62,7 +62,9 @@ def process(folder) -> Callable[..., subprocess.Popen[str]]:
     """Start the command line in a process of its own."""
 
     def start(*arguments: str) -> subprocess.Popen[str]:
-        code = "import sys; from fedsim.cli import main; sys.argv[0] = 'fedsim'; main()"
+        # A process started in the background of a script ignores SIGINT, and so do its children: ask for it again.
+        heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        code = f"{heard}; import sys; from fedsim.cli import main; sys.argv[0] = 'fedsim'; main()"
         command = [sys.executable, "-c", code, *arguments]
         return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -18,19 +18,6 @@ def record(round, **changes):
     return RoundRecord(**{"round": round, "bytes_up": 1_000, "bytes_down": 2_000, **facts, **changes})
 
 
-@pytest.mark.parametrize(
-    ("n", "text"),
-    [(0, "0 B"), (999, "999 B"), (1_000, "1.0 kB"), (2.5e6, "2.5 MB"), (7e9, "7.0 GB"), (3e16, "30000.0 TB")],
-)
-def test_bytes_for_people(n, text):
-    assert display.si_bytes(n) == text
-
-
-@pytest.mark.parametrize(("value", "text"), [(None, "-"), (0.12345, "12.35%"), (1.0, "100.00%")])
-def test_shares_for_people(value, text):
-    assert display.percent(value) == text
-
-
 def test_lines_are_one_a_round_without_escapes_however_narrow():
     out = io.StringIO()
     with display.for_console(Console(file=out, width=20)) as shown:
@@ -41,11 +28,11 @@ def test_lines_are_one_a_round_without_escapes_however_narrow():
         shown.round(record(1))
         shown.round(record(2, loss=None, accuracy=None))
     assert out.getvalue().splitlines() == [
-        "fetching a.gz (5.0 kB)",
+        "fetching a.gz (5.00 kB)",
         "fetching b.gz (size unknown)",
         "title [bold]",
-        "round 1/2  accuracy 25.00%  loss 0.5000  clients 3  sent 3.0 kB  0.12 s",
-        "round 2/2  accuracy -  loss -  clients 3  sent 6.0 kB  0.12 s",
+        "round 1/2  accuracy 25.00 %  loss 0.5000  clients 3  sent 3.00 kB  0.12 s",
+        "round 2/2  accuracy –  loss –  clients 3  sent 6.00 kB  0.12 s",
     ]
 
 
@@ -72,8 +59,8 @@ def test_a_table_tells_what_became_of_a_run():
     Console(file=out, width=200).print(display.result_table(summary))
     lines = [re.split(r"\s{2,}", line.strip()) for line in out.getvalue().splitlines()]
     assert lines == [
-        ["status", "finished"], ["rounds", "2 of 3"], ["accuracy", "50.00% final, - best"], ["loss", "1.2500"],
-        ["90.00% accuracy", "after 1.50 rounds"], ["sent", "10 B up, 2.0 kB down"], ["time", "3.0 s"],
+        ["status", "finished"], ["rounds", "2 of 3"], ["accuracy", "50.00 % final, – best"], ["loss", "1.2500"],
+        ["90.00 % accuracy", "after 1.50 rounds"], ["sent", "10 B up, 2.00 kB down"], ["time", "3.0 s"],
     ]  # fmt: skip
 
 
@@ -81,7 +68,10 @@ def test_a_terminal_gets_bars_that_move(folder, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     code = "import sys; from fedsim.cli import main; sys.argv = ['fedsim', 'run', 'config.yaml']; main()"
-    ours, theirs = pty.openpty()
+    try:
+        ours, theirs = pty.openpty()
+    except OSError as error:
+        pytest.skip(f"this machine gives no terminals: {error}")
     running = subprocess.Popen([sys.executable, "-c", code], cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     seen = bytearray()

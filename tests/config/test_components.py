@@ -7,8 +7,10 @@ from typing import Annotated, Any
 import pytest
 from annotated_types import Ge
 
-from fedsim.config.components import call, did_you_mean, fields, import_named, keys_of, model_of, parameters
+from fedsim.config.components import call, fields, keys_of, model_of, parameters
+from fedsim.config.foreign import import_named
 from fedsim.config.load import load, resolved
+from fedsim.config.spelling import did_you_mean
 from fedsim.config.tables import KINDS
 
 _numbers = itertools.count()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedsim import params as p
 from fedsim.data.federated import FederatedData
 from fedsim.engines.engine import Job, client_key, collect
 from fedsim.errors import ClientError
@@ -56,17 +57,19 @@ def test_uniform_weighting_holds_for_updates_and_buffers_but_not_for_metrics():
 
 
 BAD = {
-    "update": update(4, [1.0, NAN], n=2),
-    "infinite update": update(4, [1.0, -INF], n=2),
-    "loss": update(4, [1.0, 1.0], n=2, loss=NAN),
-    "infinite loss": update(4, [1.0, 1.0], n=2, loss=INF),
-    "buffer": update(4, [1.0, 1.0], n=2, mean=INF),
+    "the update w is not finite": update(4, [1.0, NAN], n=2),
+    "the update w is not finite ": update(4, [1.0, -INF], n=2),
+    "train_loss is nan": update(4, [1.0, 1.0], n=2, loss=NAN),
+    "train_loss is inf": update(4, [1.0, 1.0], n=2, loss=INF),
+    "the buffer mean is not finite": update(4, [1.0, 1.0], n=2, mean=INF),
+    "the state c is not finite": replace(update(4, [1.0, 1.0], n=2), state={"c": torch.tensor(NAN)}),
 }
 
 
-@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
-def test_a_result_that_is_not_finite_fails_the_round_by_name(bad):
-    with pytest.raises(ClientError, match=r"round 3, client 4: training diverged, train_loss is .*on_nan is fail") as e:
+@pytest.mark.parametrize(("what", "bad"), BAD.items(), ids=BAD)
+def test_a_result_that_is_not_finite_fails_the_round_by_name(what, bad):
+    rule = rf"round 3, client 4: training diverged: {what.strip()} \(train.on_nan is fail\)"
+    with pytest.raises(ClientError, match=rule) as e:
         collected(job(), [TWO[0], bad, TWO[1]])
     assert (e.value.round, e.value.client) == (3, 4)
 
@@ -81,7 +84,7 @@ def test_a_skipped_result_leaves_no_trace_but_its_name(bad):
     assert replace(result, skipped=(), update=None, buffers=None) == replace(without, update=None, buffers=None)
 
 
-@pytest.mark.parametrize("updates", [[], [BAD["loss"]]], ids=["nobody", "all skipped"])
+@pytest.mark.parametrize("updates", [[], [BAD["train_loss is nan"]]], ids=["nobody", "all skipped"])
 def test_without_any_contribution_there_is_no_update(updates):
     result = collected(job("skip"), updates)
     assert result.update is None and result.buffers is None
@@ -110,3 +113,11 @@ def test_updates_are_taken_one_at_a_time():
 
 def test_the_key_of_a_client_is_below_that_of_the_round():
     assert client_key(77, 5) == fold(77, "client", 5)
+
+
+def test_buffers_that_nobody_moves_stay_bit_for_bit_even_infinite_ones_and_negative_zeros():
+    mask = {"mask": torch.tensor([-INF, -0.0, 1.0]), "count": torch.tensor(3)}
+    start = Broadcast({"w": torch.zeros(2)}, mask, {}, 3)
+    results = [replace(u, buffers={n: b.clone() for n, b in mask.items()}) for u in TWO]
+    result = collect(job(), start, results, bytes_up=lambda: 0, bytes_down=0)
+    assert p.same_bits(result.buffers, mask)

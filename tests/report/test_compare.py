@@ -64,7 +64,7 @@ def test_runs_that_have_not_finished_are_listed_but_not_averaged(sweep):
     compared = compare.compare(sweep)
     assert compared.groups[2].accuracy is None
     assert compare.rows(compared)[6]["status"] == "running"
-    assert compare.group_rows(compared)[2]["accuracy"] == "–"  # noqa: RUF001
+    assert compare.group_rows(compared)[2]["accuracy"] == "–"
 
 
 def test_rounds_to_target_count_only_the_runs_that_got_there(make):

@@ -1,34 +1,5 @@
-import pytest
-
 from fedsim.report import page
 from fedsim.report.figures import Series
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (12_345, "12.3 kB"), (999_700, "1000 kB"), (5.4e12, "5.40 TB")],
-)
-def test_bytes_are_shown_in_decimal_units(count, text):
-    assert page.size(count) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0.00 s"), (9.994, "9.99 s"), (59.4, "59.4 s"), (60, "1 min 0 s"), (3600, "1 h 0 min"), (90_000, "1 d 1 h")],
-)
-def test_durations_are_shown_with_two_units(seconds, text):
-    assert page.duration(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.123456, "0.1235"), (-3.0, "-3"), (1234.5, "1,234"), (1_000_000, "1,000,000"), (2.5, "2.5")]
-)
-def test_numbers_have_four_digits_or_are_whole(value, text):
-    assert page.number(value) == text
-
-
-def test_what_is_absent_is_a_dash_everywhere():
-    assert {f(None) for f in (page.percent, page.number, page.size, page.duration)} == {page.ABSENT}
 
 
 def test_leaves_keep_empty_containers_and_none():

@@ -112,7 +112,7 @@ def test_a_client_without_examples_has_dashes_and_is_left_out_of_the_skew(make):
     facts["effective_classes"][1] = facts["earth_movers_distance"][1] = None
     section = sections.split(facts, [])
     assert _titles(section) == ["Label counts", "Skew over clients"]
-    assert section.table.rows[1][3:] == ("–", "–")  # noqa: RUF001
+    assert section.table.rows[1][3:] == ("–", "–")
 
 
 def test_a_split_of_too_many_clients_keeps_its_summary(make):

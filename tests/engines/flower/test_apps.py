@@ -96,7 +96,7 @@ def test_an_empty_cohort_gives_nothing(federation: Make) -> None:
 
 
 def test_a_diverged_client_fails_the_run(federation: Make) -> None:
-    with pytest.raises(ClientError, match=r"round \d, client 1: training diverged, train_loss is nan"):
+    with pytest.raises(ClientError, match=r"round \d, client 1: training diverged: train_loss is nan"):
         results(federation(broken=(1,)), flower())
 
 
