@@ -2,7 +2,9 @@
 
 A *key* is 64 bits, as an ``int`` in Python code and as an int64 tensor of any shape in tensor code. It is made from
 a path, ``fold(seed, "round", 3, "client", 17, "step", 40)``, and a draw is a pure function of a key and a counter, so
-it is the same under ``torch.func.vmap``, in a worker process, on another machine and after a resume.
+it is the same under ``torch.func.vmap``, in a worker process, after a resume, and, for integer and uniform draws, on
+any other machine. :func:`normal` needs a logarithm and a cosine, which torch computes by other instructions on other
+processors; see there.
 
 Draw ``i`` of key ``k`` is output ``i`` of the SplitMix64 generator started at ``k``: ``mix(k + (i + 1) * GOLDEN)``.
 Keys are folded with another finaliser (Murmur3's), so that a folded key is never one of its parent's draws.
@@ -143,6 +145,10 @@ def normal(key: Tensor | int, *shape: int, dtype: torch.dtype = torch.float32) -
     """Standard normal draws by Box-Muller: ``sqrt(-2 ln(1 - u)) cos(2 pi v)``.
 
     Computed in float64 and rounded, so the tails reach 8.5 standard deviations in either dtype.
+
+    On another kind of processor the last place of a float64 draw may differ: of 100,003 draws, 3,828 differed between
+    torch's AVX2 and its portable code, by at most 4.4e-16. Rounded to float32 all 100,003 were equal; a draw next to
+    the middle of two float32 numbers need not be.
 
     Args:
         key: as in :func:`bits`.

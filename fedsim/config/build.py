@@ -1,11 +1,13 @@
 """From a checked config to a federation and an engine: load data, split it, build the model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 
 from fedsim import rng
@@ -15,6 +17,7 @@ from fedsim.config.load import component_at
 from fedsim.config.problems import refused
 from fedsim.config.schema import Config
 from fedsim.config.tables import KINDS
+from fedsim.data import download
 from fedsim.data.checks import check
 from fedsim.data.custom import from_callable
 from fedsim.data.federated import FederatedData, assemble, hold_out
@@ -25,18 +28,15 @@ from fedsim.errors import ConfigError, DataError, FedsimError
 from fedsim.federation import Federation
 from fedsim.models.layers.dropouts import replace_dropout
 from fedsim.models.layers.keyed import key_names
-from fedsim.models.zoo import check_model
-from fedsim.records import Dataset, Partition
+from fedsim.models.zoo import check_model, check_single
+from fedsim.records import Dataset, Indices, Partition
 from fedsim.strategies.strategy import Strategy
 from fedsim.training.client import LocalWork
 from fedsim.training.optimizers import Optimizer
 
 T = TypeVar("T")
-Progress = Callable[[str, int, int | None], None]
-
-
-def silent(name: str, done: int, total: int | None) -> None:
-    """Progress that goes nowhere."""
+Progress: TypeAlias = download.Progress
+silent = download.silent
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def partition(config: Config, loaded: Dataset) -> Partition:
         if isinstance(made, list | tuple):
             made = from_lists(made)
         found = _of_type(Partition, made, "data.split", component, "a list with the indices of each client")
-        check_partition(found, len(loaded.train), clients, component.params().get("min_examples", 1))
+        check_partition(found, len(loaded.train), clients, max(component.params().get("min_examples", 1), 1))
     return found
 
 
@@ -137,8 +137,8 @@ def model(config: Config, shape: ModelShape, example: Tensor | None = None) -> n
     found = _of_type(nn.Module, made, "model", config.model, "a torch.nn.Module")
     with _blamed_on("model", config.model):
         replace_dropout(found)
-    if example is not None:
-        check_model(found, shape.input_shape, shape.num_classes, example, name=config.model.name)
+        if example is not None:
+            check_model(found, shape.input_shape, shape.num_classes, example, name=config.model.name)
     return found
 
 
@@ -168,6 +168,7 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
         rule = f"must be <= the number of clients of the split ({data.num_clients})"
         raise ConfigError(f"train.clients_per_round: {rule}, got {cohort}")
     built = model(config, shape_of(data), data.train.inputs[0])
+    _check_last_batches(config, data, built)
     work = LocalWork(
         model=built,
         key_names=key_names(built),
@@ -188,6 +189,40 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
         on_nan=train.on_nan,
     )
     return made, engine
+
+
+def _check_last_batches(config: Config, data: FederatedData, built: nn.Module) -> None:
+    """Refuse a last batch of one example where the model cannot be trained on one; batch norm cannot."""
+    sizes, batch_size = data.partition.sizes(), config.train.batch_size
+    single = np.flatnonzero(_leaves_one(sizes, batch_size))
+    if not len(single):
+        return
+    shape = shape_of(data)
+    try:
+        check_single(built, shape.input_shape, shape.num_classes, data.train.inputs[0], name=config.model.name)
+    except ConfigError as error:
+        more = f" (and {len(single) - 1} more)" if len(single) > 1 else ""
+        reason = str(error).removeprefix("model.name: ")
+        raise ConfigError(
+            f"train.batch_size: {batch_size} leaves client {single[0]}{more} a last batch of one example, but "
+            f"{reason}; {_remedy(config, sizes)}"
+        ) from error
+
+
+def _leaves_one(sizes: Indices, batch_size: int | Literal["all"]) -> npt.NDArray[np.bool_]:
+    """Which clients have a last batch of exactly one example."""
+    return np.equal(sizes if batch_size == "all" else (sizes - 1) % batch_size + 1, 1)
+
+
+def _remedy(config: Config, sizes: Indices) -> str:
+    """What helps against last batches of one example: another batch size, unless a client has no more than one."""
+    if (sizes == 1).any():
+        repaired = "min_examples" in config.data.split.params() and config.data.split.name != "file"
+        key = " (data.split.min_examples)" if repaired else ""
+        return f"each client needs at least two examples{key}"
+    assert config.train.batch_size != "all"  # which leaves one only where a client has one
+    larger = range(config.train.batch_size + 1, 2 * config.train.batch_size + 10)
+    return f"{next((size for size in larger if not _leaves_one(sizes, size).any()), 'all')} would leave none"
 
 
 def _without_data(config: Config) -> tuple[Strategy, Optimizer, Engine]:

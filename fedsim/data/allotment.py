@@ -22,7 +22,8 @@ def largest_remainder(totals: Indices, weights: Indices | Floats) -> Indices:
     """Share out each total in whole numbers, in proportion to weights (Hamilton's method).
 
     Part k of group g gets ``floor(totals_g w_kg / sum_k w_kg)``; what is left goes, one each, to the largest
-    remainders, the first part first where they tie. Whole-number weights are exact.
+    remainders, the first part first where they tie. Whole-number weights are exact, but tie easily, and ties favour
+    low numbers: see :func:`share_out`.
 
     Args:
         totals: int64 (groups,), >= 0. ``totals * weights`` has to fit the weights' type.
@@ -42,6 +43,44 @@ def largest_remainder(totals: Indices, weights: Indices | Floats) -> Indices:
     order = np.argsort(-remainder, axis=0, kind="stable")
     np.put_along_axis(rank, order, np.arange(len(shares), dtype=np.int64)[:, None], axis=0)
     return np.asarray(shares + (rank < totals - shares.sum(axis=0)))
+
+
+def share_out(totals: Indices, weights: Indices | Floats, key: int) -> Indices:
+    """Share out each total in whole numbers, in proportion to weights, so that each part's own sum comes out, too.
+
+    As :func:`largest_remainder`, part k of group g gets ``floor(a_kg)`` or one more, ``a_kg = totals_g w_kg /
+    sum_k w_kg``. But what is left of a group goes to those parts that are then owed most: their remainder here plus
+    what rounding kept from them in the groups before. Groups are taken in random order and ties broken by lot, so
+    that no part is better off for its number. With one group this is Hamilton's method.
+
+    Args:
+        totals: int64 (groups,), >= 0. ``totals * weights`` has to fit the weights' type.
+        weights: int64 or float64 (parts, groups), >= 0.
+        key: of the order and the lots.
+
+    Returns:
+        int64 (parts, groups). Each column sums to its total, or to 0 where all of its weights are 0; row k sums to
+        nearly ``sum_g a_kg``.
+
+    >>> share_out(np.array([2, 2]), np.array([[1, 1], [1, 1], [1, 1], [1, 1]]), key=5).sum(axis=1).tolist()
+    [1, 1, 1, 1]
+    """
+    sums = weights.sum(axis=0)
+    shares = np.zeros(weights.shape, dtype=np.int64)
+    owed = np.zeros(len(weights))
+    for group in rng.permutation(rng.fold(key, "order"), len(totals)).tolist():
+        if sums[group] <= 0:
+            continue
+        quotient, remainder = np.divmod(totals[group] * weights[:, group], sums[group])
+        shares[:, group] = quotient
+        owed += remainder / sums[group]
+        rounded = np.flatnonzero(remainder)
+        drawn = rounded[rng.permutation(rng.fold(key, "lot", group), len(rounded)).numpy()]
+        left_over = totals[group] - shares[:, group].sum()
+        takers = drawn[np.argsort(-owed[drawn], kind="stable")][:left_over]
+        shares[takers, group] += 1
+        owed[takers] -= 1
+    return shares
 
 
 def shares_of(log_weights: Floats, axis: int) -> Floats:
@@ -110,20 +149,21 @@ def deal(groups: Indices, amounts: Indices, key: int) -> Indices:
     return owner
 
 
-def raise_to(sizes: Indices, minimum: int) -> Indices:
+def raise_to(sizes: Indices, minimum: int, key: int) -> Indices:
     """The sizes after clients below a minimum took single examples from whoever was then the largest.
 
     Taking one at a time from the largest lowers all large clients to one level; the level is found by bisection, and
-    where it does not come out even, the first of them keep one more.
+    where it does not come out even, some of them, chosen by lot, keep one more.
 
     Args:
         sizes: int64 (clients,), sum >= clients * minimum.
         minimum: >= 0.
+        key: of the lot.
 
     Returns:
         int64 (clients,), same sum, none below the minimum.
 
-    >>> raise_to(np.array([0, 9, 1, 6]), 3).tolist()
+    >>> raise_to(np.array([0, 9, 1, 6]), 3, key=1).tolist()
     [3, 5, 3, 5]
     """
     missing = int(np.maximum(minimum - sizes, 0).sum())
@@ -134,7 +174,8 @@ def raise_to(sizes: Indices, minimum: int) -> Indices:
         low, high = (level, high) if enough else (low, level - 1)
     spare = int(np.maximum(sizes - low, 0).sum()) - missing
     raised = np.clip(sizes, minimum, low)
-    raised[np.flatnonzero(sizes > low)[:spare]] += 1
+    lowered = np.flatnonzero(sizes > low)
+    raised[lowered[rng.choice(key, len(lowered), spare).numpy()]] += 1
     return raised
 
 
@@ -157,7 +198,7 @@ def partition_from(owner: Indices, num_clients: int, min_examples: int, key: int
     holder = owner[owned]
     sizes = np.bincount(holder, minlength=num_clients).astype(np.int64)
     if int(sizes.min()) < min_examples:
-        wanted = raise_to(sizes, min_examples)
+        wanted = raise_to(sizes, min_examples, rng.fold(key, "spare"))
         freed = rank_in_group(holder, rng.fold(key, "freed")) >= wanted[holder]
         takers = np.repeat(np.arange(num_clients, dtype=np.int64), np.maximum(wanted - sizes, 0))
         holder[freed] = takers[rng.permutation(rng.fold(key, "takers"), len(takers)).numpy()]

@@ -117,15 +117,17 @@ def assign_test(
 
     After a natural split, the owner named in the test set's id column, if it has that column. Otherwise the test
     examples of each class are dealt out in random order, in proportion to how many training examples of that class
-    each client holds (largest remainder, ties to the lower client), so that a client is tested on its own label mix.
-    Labels of sequences: in proportion to the clients' sizes. A client may end up with no test examples.
+    each client holds, so that a client is tested on its own label mix. Labels of sequences: in proportion to the
+    clients' sizes. Whole numbers come from :func:`fedsim.data.allotment.share_out`, so that clients of one size get
+    test sets of nearly one size, whatever their number. A client whose part of the test set is below one example may
+    end up with none; that cannot be helped where there are more clients than test examples.
 
     Args:
         train_labels: int64 (n,) or (n, time).
         partition: of the n training examples.
         test_labels: int64 (m,) or (m, time).
         test_columns: id columns, int64 (m,) each.
-        key: decides the order.
+        key: decides the order, and who gets one more where numbers are rounded.
 
     Returns:
         Partition of the m test examples with the noise of ``partition``; test examples of nobody's owner or class
@@ -134,15 +136,16 @@ def assign_test(
     ids = None if partition.column is None else test_columns.get(partition.column)
     if ids is not None and partition.owner_ids is not None:
         owner = _position_of(ids, partition.owner_ids)
-    elif test_labels.ndim == 1:
-        unlabelled = 1 + max(int(train_labels.max()), int(test_labels.max()), -1)  # a class nobody holds
-        groups = np.where(test_labels.numpy() < 0, unlabelled, test_labels.numpy())
-        held = label_counts(train_labels, partition, unlabelled + 1)
-        amounts = allotment.largest_remainder(np.bincount(groups, minlength=unlabelled + 1), held)
-        owner = allotment.deal(groups, amounts, key)
     else:
-        amounts = allotment.largest_remainder(np.array([len(test_labels)]), partition.sizes()[:, None])
-        owner = allotment.deal(np.zeros(len(test_labels), dtype=np.int64), amounts, key)
+        if test_labels.ndim == 1:
+            unlabelled = 1 + max(int(train_labels.max()), int(test_labels.max()), -1)  # a class nobody holds
+            groups = np.where(test_labels.numpy() < 0, unlabelled, test_labels.numpy())
+            held = label_counts(train_labels, partition, unlabelled + 1)
+        else:
+            groups, held = np.zeros(len(test_labels), dtype=np.int64), partition.sizes()[:, None]
+        totals = np.bincount(groups, minlength=held.shape[1])
+        amounts = allotment.share_out(totals, held, rng.fold(key, "rounding"))
+        owner = allotment.deal(groups, amounts, key)
     dealt = allotment.partition_from(owner, partition.num_clients, 0, key)
     return replace(dealt, noise_std=partition.noise_std, column=partition.column, owner_ids=partition.owner_ids)
 

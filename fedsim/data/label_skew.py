@@ -38,7 +38,7 @@ def dirichlet(
         num_clients: 1 to n.
         key: a key.
         alpha: in [1e-6, 1e6]; small: few clients hold a class; large: close to iid.
-        min_examples: per client, >= 0; clients below it take examples from the largest.
+        min_examples: per client, >= 1 (0 from Python only); clients below it take examples from the largest.
 
     Raises:
         DataError: too few examples, or labels of another shape.
@@ -74,7 +74,7 @@ def shards(
         num_clients: 1 to n.
         key: a key.
         shards_per_client: >= 1; S must not pass n.
-        min_examples: per client, >= 0; clients below it take examples from the largest.
+        min_examples: per client, >= 1 (0 from Python only); clients below it take examples from the largest.
 
     Raises:
         DataError: too few examples, or labels of another shape.
@@ -123,7 +123,7 @@ def label_quantity(
         key: a key.
         alpha: in [1e-6, 1e6]; small: a client holds few classes.
         sigma: in (0, 100]; 0.5 gives sizes within a factor 7 for 95 % of clients.
-        min_examples: per client, >= 0.
+        min_examples: per client, >= 1 (0 from Python only).
 
     Raises:
         DataError: too few examples, or labels of another shape.
@@ -135,7 +135,8 @@ def label_quantity(
     check_range("alpha", alpha, *ALPHA_RANGE)
     clients = check_clients("label-quantity", num_clients, len(labels), min_examples)
     classes, class_sizes = classes_of("label-quantity", labels)
-    sizes = allotment.raise_to(log_normal_sizes(len(labels), clients, sigma, rng.fold(key, "sizes")), min_examples)
+    sizes = log_normal_sizes(len(labels), clients, sigma, rng.fold(key, "sizes"))
+    sizes = allotment.raise_to(sizes, min_examples, rng.fold(key, "spare"))
     concentration = alpha * len(class_sizes) * class_sizes / len(labels)
     log_mix = allotment.log_gamma_draws(
         rng.fold(key, "mix"), np.broadcast_to(concentration, (clients, len(class_sizes)))
@@ -150,7 +151,7 @@ def log_normal_sizes(num_examples: int, num_clients: int, sigma: float, key: int
     check_range("sigma", sigma, *SIGMA_RANGE, low_is_allowed=False)
     z = rng.normal(key, num_clients, dtype=torch.float64).numpy()
     shares = allotment.shares_of(sigma * z[:, None], axis=0)
-    return allotment.largest_remainder(np.array([num_examples]), shares)[:, 0]
+    return allotment.share_out(np.array([num_examples]), shares, rng.fold(key, "ties"))[:, 0]
 
 
 def _served(sizes: Indices, class_sizes: Indices, log_mix: Floats, key: int) -> Indices:

@@ -36,14 +36,14 @@ def iid(
         num_clients: 1 to n.
         key: a key.
         examples_per_client: exactly so many each, the rest of the data unused; None uses every example.
-        min_examples: per client, >= 0.
+        min_examples: per client, >= 1 (0 from Python only).
 
     Raises:
         DataError: too few examples.
     """
     clients, n = check_clients("iid", num_clients, len(labels), min_examples), len(labels)
     if examples_per_client is None:
-        sizes = n // clients + (np.arange(clients, dtype=np.int64) < n % clients)
+        sizes = n // clients + (rng.permutation(rng.fold(key, "sizes"), clients).numpy() < n % clients)
     else:
         check_range("examples_per_client", examples_per_client, max(min_examples, 1))
         if clients * examples_per_client > n:
@@ -73,7 +73,7 @@ def quantity(
         num_clients: 1 to n.
         key: a key.
         sigma: in (0, 100], standard deviation of the logarithm of the size.
-        min_examples: per client, >= 0; clients below it take examples from the largest.
+        min_examples: per client, >= 1 (0 from Python only); clients below it take examples from the largest.
 
     Raises:
         DataError: too few examples.
@@ -98,7 +98,7 @@ def feature_noise(
         num_clients: 1 to n.
         key: a key.
         std: >= 0, in units of the inputs; the noise of the last client.
-        min_examples: per client, >= 0.
+        min_examples: per client, >= 1 (0 from Python only).
 
     Returns:
         Partition with ``noise_std``; the noise itself is added when the federated data is assembled.
@@ -133,7 +133,7 @@ def natural(
         key: a key.
         columns: the dataset's id columns, int64 (n,) each.
         column: which of them.
-        min_examples: >= 0; owners without any example are never clients.
+        min_examples: >= 1; owners with fewer are left out.
 
     Returns:
         Partition with ``column`` and ``owner_ids``.

@@ -30,7 +30,9 @@ def synthetic(
 
     For device k: ``y = argmax(W_k x + b_k)``, ``x ~ N(v_k, Sigma)``, ``Sigma = diag(j^-1.2)``, with entries
     ``W_k, b_k ~ N(u_k, 1)``, ``u_k ~ N(0, alpha^2)``, ``v_k ~ N(B_k, 1)``, ``B_k ~ N(0, beta^2)``. Sizes:
-    ``floor(exp(z)) + 50``, ``z ~ N(4, 2^2)``. A device's data depend on ``key`` and its number only, not on ``owners``.
+    ``floor(exp(z)) + 50``, ``z ~ N(4, 2^2)``. A device's data depend on ``key`` and its number only, not on ``owners``;
+    on another kind of processor the last place of a normal draw may differ (:func:`fedsim.rng.normal`), and with it,
+    rarely, that of an input, a label or a size.
 
     Args:
         key: of all draws.
@@ -104,7 +106,7 @@ def _examples(key: int, n: int, centre: Tensor, model: Tensor) -> tuple[Tensor, 
     """Inputs (n, 60) and labels (n,) of one device."""
     std = torch.arange(1, _FEATURES + 1, dtype=torch.float64) ** (-1.2 / 2)
     inputs = (centre + std * rng.normal(key, n, _FEATURES, dtype=torch.float64)).to(torch.float32)
-    scores = torch.addmm(model[:, -1], inputs.double(), model[:, :-1].T)  # (n, 10); float64: the same argmax everywhere
+    scores = torch.addmm(model[:, -1], inputs.double(), model[:, :-1].T)  # (n, 10); float64: a tie is rare
     return inputs, scores.argmax(1)
 
 

@@ -70,7 +70,9 @@ def shakespeare(root: Path | None = None, *, window: Annotated[int, Ge(1)] = 80)
         arXiv:1602.05629.
         Differs: other copies of the texts and another parser. The package's 37 plays give 1,239 roles, 3,402,994 train
         and 857,031 test characters (the paper: 1,146; 3,564,579; 870,014); its Cymbeline lacks acts III and IV.
-        Characters are ASCII, not bytes.
+        Characters are ASCII, not bytes. An example is a window, so a client's weight is its number of windows, filled
+        or not, and not of characters: half of the roles fill less than 0.965 of theirs, and the smallest role weighs
+        39 times what its characters would give it.
     """
     if window < 1:
         raise ValueError(f"window must be >= 1, got {window}")

@@ -11,15 +11,19 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 
+from fedsim import params as p
 from fedsim import rng
 from fedsim.errors import ConfigError
 from fedsim.models.convolutional import cnn, conv_2, conv_4, conv_6
 from fedsim.models.layers.dropouts import unkeyed
-from fedsim.models.layers.keyed import Keyed
+from fedsim.models.layers.keyed import Keyed, key_names, step_keys
 from fedsim.models.mlp import lenet_300_100, linear, mlp, two_nn
 from fedsim.models.recurrent import char_lstm
 from fedsim.models.residual import resnet, resnet_8, resnet_20
+from fedsim.records import Params
 
 
 def check_model(
@@ -30,6 +34,10 @@ def check_model(
     It runs on two copies of the example, in evaluation mode and in training mode, and may draw nothing from torch's
     global generator. The logits need the right shape and finite values. No keyed layer may be called more than once
     in one pass, since its second draws would equal its first.
+
+    All clients train in one module, so nothing may pass from one call to the next but through persistent buffers,
+    which are handed in and out: called twice with the same parameters, buffers and keys, the model must return the
+    same bits, and a buffer must be updated in place. What two calls do not show is not found.
 
     Args:
         model: built, perhaps after ``replace_dropout``.
@@ -42,26 +50,40 @@ def check_model(
         ConfigError: names the model, the rule and what was found.
     """
     _check_parameters(model, name)
-    model = copy.deepcopy(model)
+    model, fresh = copy.deepcopy(model), copy.deepcopy(model)
     inputs = torch.stack([example_input, example_input])
     _check_logits(_run(model.eval(), inputs, name), input_shape, num_classes, inputs, name)
-    _check_calls(model.train(), inputs, name)
+    _check_logits(_run_watched(model.train(), inputs, name), input_shape, num_classes, inputs, name)
+    _check_memory(fresh, inputs, name)
+
+
+def check_single(
+    model: nn.Module, input_shape: tuple[int, ...], num_classes: int, example_input: Tensor, *, name: str
+) -> None:
+    """Refuse a model that cannot be trained on a batch of one example, as batch norm cannot. It is not changed.
+
+    Args, Raises: as for :func:`check_model`.
+    """
+    inputs = example_input[None]
+    _check_logits(_run(copy.deepcopy(model).train(), inputs, name), input_shape, num_classes, inputs, name)
 
 
 def _check_parameters(model: nn.Module, name: str) -> None:
     for path, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ConfigError(f"model.name: {name}: parameters need a shape, {path} gets it in the first call only")
         if not parameter.is_floating_point():
             raise ConfigError(f"model.name: {name}: parameters must be floating, {path} is {parameter.dtype}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"model.name: {name} has no trainable parameters")
 
 
-def _run(model: nn.Module, inputs: Tensor, name: str) -> object:
-    """What the model returns; refuses one that fails or that moves torch's generator."""
+def _run(model: nn.Module, inputs: Tensor, name: str, state: Params | None = None) -> object:
+    """What the model returns, with ``state`` in the place of its own; refuses one that fails or draws from torch."""
     with torch.no_grad(), rng.torch_seeded(0):
         before = torch.get_rng_state()
         try:
-            returned = model(inputs)
+            returned = model(inputs) if state is None else functional_call(model, state, (inputs,))
         except Exception as error:
             got = f"inputs of shape {tuple(inputs.shape)}, {inputs.dtype}"
             raise ConfigError(f"model.name: {name} failed on {got}: {error}") from error
@@ -76,9 +98,9 @@ def _run(model: nn.Module, inputs: Tensor, name: str) -> object:
 
 
 def _check_logits(logits: object, input_shape: tuple[int, ...], num_classes: int, inputs: Tensor, name: str) -> None:
-    allowed: list[tuple[int, ...]] = [(2, num_classes)]
+    allowed: list[tuple[int, ...]] = [(len(inputs), num_classes)]
     if len(input_shape) == 1 and not inputs.is_floating_point():
-        allowed.append((2, input_shape[0], num_classes))
+        allowed.append((len(inputs), input_shape[0], num_classes))
     must = f"must return a tensor of shape {' or '.join(map(str, allowed))} for inputs {tuple(inputs.shape)}"
     if not isinstance(logits, Tensor):
         raise ConfigError(f"model.name: {name} {must}, returned {type(logits).__name__}")
@@ -88,18 +110,64 @@ def _check_logits(logits: object, input_shape: tuple[int, ...], num_classes: int
         raise ConfigError(f"model.name: {name} returned NaN or infinite values before any training")
 
 
-def _check_calls(model: nn.Module, inputs: Tensor, name: str) -> None:
+def _run_watched(model: nn.Module, inputs: Tensor, name: str) -> object:
+    """As :func:`_run`; refuses keyed layers called twice, and buffers that are replaced instead of changed, too."""
     calls: Counter[str] = Counter()
     for path, module in model.named_modules():
         if isinstance(module, Keyed):
             module.register_forward_hook(lambda *_, path=path: calls.update([path]))
-    _run(model, inputs, name)
+    before = {path: buffer for path, buffer in model.named_buffers() if path in model.state_dict()}
+    returned = _run(model, inputs, name)
     repeated = [path for path, count in calls.items() if count > 1]
     if repeated:
         raise ConfigError(
             f"model.name: {name} calls {', '.join(repeated)} more than once in a forward pass, and each call would "
             "draw the same numbers; give each its own layer"
         )
+    after = dict(model.named_buffers())
+    replaced = [path for path, buffer in before.items() if after.get(path) is not buffer]
+    if replaced:
+        raise ConfigError(
+            f"model.name: {name} assigns a new tensor to buffer {', '.join(replaced)} in its forward pass, which would "
+            "be lost; update buffers in place, with copy_ or lerp_"
+        )
+    return returned
+
+
+def _check_memory(model: nn.Module, inputs: Tensor, name: str) -> None:
+    """Calls the model twice as training and evaluation do; refuses one that remembers the first time."""
+    trainable, buffers = p.of(model)
+    not_handed = {n: b.clone() for n, b in model.named_buffers() if n not in buffers.keys() | key_names(model)}
+    first = _as_in_a_run(model, trainable, buffers, inputs, name)
+    second = _as_in_a_run(model, trainable, buffers, inputs, name)
+    after = dict(model.named_buffers())
+    if changed := [n for n, b in not_handed.items() if n not in after or not p.same_bits({n: b}, {n: after[n]})]:
+        raise ConfigError(
+            f"model.name: {name} changes buffer {', '.join(changed)} in its forward pass, which is not persistent: its "
+            "values would pass from client to client and be lost on resume; register it with persistent=True"
+        )
+    if not p.same_bits(trainable, p.of(model)[0]):
+        raise ConfigError(f"model.name: {name} changes its own parameters in its forward pass; only training may")
+    if different := [mode for mode in first if not p.same_bits({mode: first[mode]}, {mode: second[mode]})]:
+        raise ConfigError(
+            f"model.name: {name} returns something else when called again with the same inputs, parameters, buffers "
+            f"and keys ({' and '.join(different)} mode); what it keeps from call to call would pass from client to "
+            "client and be lost on resume, unless it is a persistent buffer"
+        )
+
+
+def _as_in_a_run(model: nn.Module, trainable: Params, buffers: Params, inputs: Tensor, name: str) -> Params:
+    """What the model returns in either mode, with all of its state handed in."""
+    returned = {}
+    for mode in ("training", "evaluation"):
+        handed = {path: buffer.clone() for path, buffer in buffers.items()}
+        state = {**trainable, **handed, **step_keys(key_names(model), 0)}
+        logits = _run(model.train(mode == "training"), inputs, name, state)
+        assert isinstance(logits, Tensor)  # as it was for _check_logits
+        returned[mode] = logits
+        if mode == "evaluation" and not p.same_bits(handed, buffers):
+            raise ConfigError(f"model.name: {name} changes buffers in evaluation mode; only training may")
+    return returned
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {

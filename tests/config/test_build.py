@@ -52,6 +52,15 @@ class Wrong(Bare):
     def forward(self, x): return x
 class Crashing(Bare):
     def __init__(self): raise KeyError("oh")
+class Norm(Net):
+    def __init__(self, input_shape, num_classes):
+        super().__init__(input_shape, num_classes)
+        self.body.append(nn.BatchNorm1d(num_classes))
+class Uncopied(Bare):
+    def __deepcopy__(self, memo): raise TypeError("cannot pickle 'lock' object")
+
+def sized(labels, sizes: list, min_examples=1):
+    return np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
 """
 NAMES = (f"foreign_built_{n}" for n in itertools.count())
 
@@ -118,6 +127,7 @@ def test_foreign_strategies_optimizers_and_engines_work_as_ours_do(made):
         ("data.split", "ragged", "data.split.name: {} raised ValueError: setting an array element"),
         ("model", "nothing", "model.name: must make a torch.nn.Module, but {} made NoneType"),
         ("model", "Crashing", "model.name: {} raised KeyError: 'oh'"),
+        ("model", "Uncopied", "model.name: {} raised TypeError: cannot pickle 'lock' object"),
         ("model", "Wrong", "model.name: {} must return a tensor of shape (2, 10)"),
         ("strategy", "nothing", "strategy.name: must make fedsim's Strategy, but {} made NoneType"),
         ("train.optimizer", "arrays", "train.optimizer.name: must make fedsim's Optimizer, but {} made tuple"),
@@ -179,6 +189,47 @@ def test_a_cohort_larger_than_a_natural_split_is_refused(valid):
     rule = r"train\.clients_per_round: must be <= the number of clients of the split \(5\), got 6"
     with pytest.raises(ConfigError, match=rule):
         build.federation(load(valid, changes))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch_size", "clients", "remedy"),
+    [
+        ([20, 33, 64], 16, "client 1", "17 would leave none"),
+        ([35, 33, 18, 9], 16, "client 1", "18 would leave none"),
+        ([5, 17, 33], 16, "client 1 (and 1 more)", "17 would leave none"),
+        ([7, 3, 4], 1, "client 0 (and 2 more)", "4 would leave none"),
+        (
+            [9, 1, 17],
+            16,
+            "client 1 (and 1 more)",
+            "each client needs at least two examples (data.split.min_examples)",
+        ),
+        ([9, 1, 4], "all", "client 1", "each client needs at least two examples (data.split.min_examples)"),
+    ],
+)
+def test_a_last_batch_of_one_example_is_refused_where_the_model_cannot_be_trained_on_it(
+    made, sizes, batch_size, clients, remedy
+):
+    more = {"data__clients": None, "train__clients_per_round": 1, "train__batch_size": batch_size}
+    split = {"data__split__sizes": sizes, "data__split__min_examples": 1}
+    with pytest.raises(ConfigError) as caught:
+        made({"data.split.name": "sized", "model": "Norm"}, **more, **split)
+    rule, _, rest = str(caught.value).partition(" a last batch of one example, but ")
+    assert rule == f"train.batch_size: {batch_size} leaves {clients}"
+    assert ":Norm failed on inputs of shape (1, 1, 8, 8), torch.float32: Expected more than 1 value per" in rest
+    assert rest.endswith(f"; {remedy}")
+    made({"data.split.name": "sized", "model": "Net"}, **more, **split)
+
+
+def test_batch_norm_is_fine_where_no_last_batch_has_one_example(made):
+    more = {"data__clients": None, "train__clients_per_round": 1, "train__batch_size": 16}
+    made({"data.split.name": "sized", "model": "Norm"}, **more, data__split__sizes=[18, 2, 15, 64])
+
+
+def test_a_client_without_examples_is_refused_whatever_a_custom_split_calls_its_minimum(made):
+    more = {"data__clients": None, "train__clients_per_round": 1}
+    with pytest.raises(DataError, match="each client needs at least 1 examples, client 1 has 0"):
+        made({"data.split.name": "sized"}, **more, data__split__sizes=[3, 0], data__split__min_examples=0)
 
 
 def test_building_does_not_touch_torchs_generator(valid):

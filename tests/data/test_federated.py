@@ -22,19 +22,13 @@ def dataset(n=60, classes=4, with_test=False):
     return Dataset("toy", Examples(inputs, labels), test, classes, columns, test_columns, names)
 
 
-def slow_deal(train_labels, partition, test_labels, classes):
-    """Test examples of each class per client: floors first, the rest to the largest remainders."""
-    amounts = np.zeros((partition.num_clients, classes), dtype=int)
+def exact_deal(train_labels, partition, test_labels, classes):
+    """Test examples of each class per client as fractions: in proportion to the training examples held."""
+    exact = np.zeros((partition.num_clients, classes))
     for c in range(classes):
         held = [sum(int(train_labels[i]) == c for i in partition.client(k)) for k in range(partition.num_clients)]
-        total = sum(int(label) == c for label in test_labels)
-        if not sum(held):
-            continue
-        amounts[:, c] = [total * h // sum(held) for h in held]
-        by_remainder = sorted(range(len(held)), key=lambda k: (-(total * held[k] % sum(held)), k))
-        for k in by_remainder[: total - amounts[:, c].sum()]:
-            amounts[k, c] += 1
-    return amounts
+        exact[:, c] = sum(int(label) == c for label in test_labels) * np.array(held) / max(sum(held), 1)
+    return exact
 
 
 def test_holding_out_splits_examples_and_columns_alike():
@@ -92,13 +86,35 @@ def test_each_client_is_tested_on_its_own_label_mix(clients):
     train_labels, test_labels = rng.bits(1, 200).remainder(5), rng.bits(2, 77).remainder(6)  # class 5 only in the test
     partition = dirichlet(train_labels, clients, 1, alpha=0.3)
     dealt = assign_test(train_labels, partition, test_labels, {}, 4)
-    expected = slow_deal(train_labels, partition, test_labels, 6)
-    for k in range(clients):
-        assert np.bincount(test_labels[dealt.client(k)], minlength=6).tolist() == expected[k].tolist()
+    exact = exact_deal(train_labels, partition, test_labels, 6)
+    got = np.array([np.bincount(test_labels[dealt.client(k)], minlength=6) for k in range(clients)])
+    assert np.abs(got - exact).max() < 1
+    assert np.abs(got.sum(axis=1) - exact.sum(axis=1)).max() < 1.5
     assert len(set(dealt.indices.tolist())) == len(dealt.indices) == int((test_labels < 5).sum())
     assert not np.array_equal(dealt.indices, assign_test(train_labels, partition, test_labels, {}, 5).indices) or (
         clients == 1
     )
+
+
+@pytest.mark.parametrize("shape", [(), (5,)])
+@pytest.mark.parametrize("split", [iid, feature_noise])
+def test_clients_with_low_numbers_are_tested_on_no_more_than_those_with_high_ones(shape, split):
+    # n = 30 keys of 350 test examples, owned by the first half of the clients with probability 1/2 each, dependent so
+    # that the count varies less than binomially: 4.9 standard deviations of that, false alarm < 1e-6.
+    train, test = (rng.bits(k, n, *shape).remainder(10) for k, n in ((1, 1450), (2, 350)))
+    first = 0
+    for key in range(30):
+        dealt = assign_test(train, split(train, 300, rng.fold(3, key)), test, {}, rng.fold(4, key))
+        assert len(dealt.indices) == 350
+        first += dealt.sizes()[:150].sum()
+    assert abs(first - 30 * 175) < 4.9 * np.sqrt(30 * 350) / 2
+
+
+def test_every_client_is_tested_where_its_part_of_the_test_set_is_an_example_or_more():
+    train, test = rng.bits(1, 1450).remainder(10), rng.bits(2, 420).remainder(10)
+    for key in range(5):
+        sizes = assign_test(train, iid(train, 300, key), test, {}, key).sizes()
+        assert set(sizes) <= {1, 2, 3}
 
 
 def test_test_examples_without_label_belong_to_nobody():

@@ -111,6 +111,15 @@ def test_iid_sizes_differ_by_at_most_one():
     assert sorted(iid(torch.zeros(11), 4, 1).sizes().tolist()) == [2, 3, 3, 3]
 
 
+@pytest.mark.parametrize(("split", "parameters"), [(iid, {}), (quantity, {"sigma": 1e-18})])
+def test_who_gets_one_more_than_others_is_drawn_by_lot(split, parameters):
+    # n = 2000 keys, 2 of 5 clients get 5 of 22 examples, the others 4. Each client's mean is off by 0.08 with
+    # probability 2 exp(-2 n 0.08^2) < 1e-10 (Hoeffding).
+    sizes = np.array([split(torch.zeros(22), 5, rng.fold(6, k), **parameters).sizes() for k in range(2000)])
+    assert set(sizes.ravel()) == {4, 5}
+    assert np.abs(sizes.mean(axis=0) - 4.4).max() < 0.08
+
+
 def test_iid_takes_sequences():
     assert iid(torch.zeros(10, 80, dtype=torch.int64), 3, 1).num_clients == 3
 

@@ -11,7 +11,7 @@ from fedsim import params, rng
 from fedsim.errors import ConfigError
 from fedsim.models.layers.dropouts import Dropout, replace_dropout
 from fedsim.models.layers.keyed import key_names, step_keys
-from fedsim.models.zoo import MODELS, check_model
+from fedsim.models.zoo import MODELS, check_model, check_single
 
 MNIST, CIFAR, DIGITS, TEXT = (1, 28, 28), (3, 32, 32), (1, 8, 8), (6,)
 SMALL = {  # parameters that keep the tests quick; the others run as they are
@@ -259,3 +259,114 @@ def test_a_model_without_trainable_or_with_integer_parameters_is_refused() -> No
     model.register_parameter("steps", nn.Parameter(torch.tensor(1), requires_grad=False))
     with pytest.raises(ConfigError, match=r"my:Net: parameters must be floating, steps is torch\.int64"):
         check(model)
+    lazy = nn.LazyLinear(3)
+    with pytest.raises(ConfigError, match="my:Net: parameters need a shape, weight gets it in the first call only"):
+        check(lazy)
+
+
+class Remembering(nn.Module):
+    """A user's model with a buffer of each kind and a plain attribute."""
+
+    def __init__(self, forward: Callable[["Remembering", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.register_buffer("ema", torch.zeros(3))
+        self.register_buffer("last", torch.zeros(3), persistent=False)
+        self.calls = 0
+        self.given = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.given(self, self.fc(x))
+
+
+def lerps(m: Remembering, y: Tensor) -> Tensor:
+    if m.training:
+        m.ema.lerp_(y.detach().mean(0), 0.5)
+    return y - m.ema
+
+
+def assigns(m: Remembering, y: Tensor) -> Tensor:
+    if m.training:
+        m.ema = m.ema + y.detach().mean(0)
+    return y
+
+
+def counts(m: Remembering, y: Tensor) -> Tensor:
+    m.calls += m.training
+    return y / m.calls if m.training else y
+
+
+def warms_up_by_evaluations(m: Remembering, y: Tensor) -> Tensor:
+    m.calls += not m.training
+    return y if m.training else y + m.calls
+
+
+def starts_from_its_first_batch(m: Remembering, y: Tensor) -> Tensor:
+    m.calls += 1
+    return y - y.mean(0) if m.calls == 1 else y
+
+
+def keeps(m: Remembering, y: Tensor) -> Tensor:
+    m.last.copy_(y.detach().sum(0))
+    return y
+
+
+def replaces(m: Remembering, y: Tensor) -> Tensor:
+    m.last = y.detach().sum(0)
+    return y
+
+
+def follows_in_evaluation(m: Remembering, y: Tensor) -> Tensor:
+    m.ema += 1
+    return y
+
+
+def clips_its_weights(m: Remembering, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        m.fc.weight.clamp_(-0.01, 0.01)
+    return y
+
+
+def test_a_model_may_remember_in_persistent_buffers_updated_in_place() -> None:
+    model = Remembering(lerps)
+    check(model)
+    assert not model.ema.any()
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (assigns, r"assigns a new tensor to buffer ema .* update buffers in place, with copy_ or lerp_"),
+        (counts, r"returns something else when called again .* \(training mode\); .* from client to client"),
+        (warms_up_by_evaluations, r"returns something else .* \(evaluation mode\)"),
+        (starts_from_its_first_batch, r"returns something else .* \(training mode\)"),
+        (keeps, r"changes buffer last in its forward pass, which is not persistent: .* persistent=True"),
+        (replaces, r"changes buffer last in its forward pass, which is not persistent"),
+        (follows_in_evaluation, r"changes buffers in evaluation mode; only training may"),
+        (clips_its_weights, r"changes its own parameters in its forward pass"),
+    ],
+)
+def test_a_model_that_remembers_in_any_other_way_is_refused(
+    forward: Callable[[Remembering, Tensor], Tensor], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"model.name: my:Net {message}"):
+        check(Remembering(forward))
+
+
+def test_a_model_that_returns_something_else_in_training_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"my:Net must return a tensor of shape \(2, 3\) .*, returned tuple"):
+        check(Custom(lambda m, x: (m.fc(x), x) if m.training else m.fc(x)))
+
+
+def test_batch_norm_over_one_number_cannot_be_trained_on_a_single_example() -> None:
+    check_single(nn.Linear(4, 3), (4,), 3, torch.ones(4), name="my:Net")
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    check(model)
+    with pytest.raises(
+        ConfigError, match=r"my:Net failed on inputs of shape \(1, 4\), .* more than 1 value per channel"
+    ):
+        check_single(model, (4,), 3, torch.ones(4), name="my:Net")
+    assert int(model[1].num_batches_tracked) == 0
+    squeezed = Custom(lambda m, x: m.fc(x).squeeze())
+    with pytest.raises(ConfigError, match=r"must return a tensor of shape \(1, 3\) .*, returned shape \(3,\)"):
+        check_single(squeezed, (4,), 3, torch.ones(4), name="my:Net")
