@@ -1,4 +1,6 @@
-"""fedsim: federated-learning simulation with regularised, pruned and encrypted clients.
+"""fedsim: federated learning, simulated from one YAML file, exactly repeatable.
+
+``run``, ``resume``, ``load``, ``split`` and ``baseline`` are described in :mod:`fedsim.api`.
 
 >>> import fedsim
 >>> run = fedsim.run("configs/quickstart.yaml", {"train.rounds": 5})  # doctest: +SKIP
@@ -26,3 +28,8 @@ def __getattr__(name: str) -> Any:
     from fedsim import api  # noqa: PLC0415
 
     return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    """What there is, imported or not."""
+    return sorted({*globals(), *__all__})

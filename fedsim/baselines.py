@@ -12,7 +12,7 @@ import numpy as np
 from fedsim import rng
 from fedsim.engines.engine import Engine
 from fedsim.federation import Federation, RoundResult, run, start, with_spread
-from fedsim.records import ClientEvaluation, Partition, RoundRecord
+from fedsim.records import ClientEvaluation, Partition, RoundRecord, ServerState
 
 Line = tuple[RoundRecord, tuple[ClientEvaluation, ...]]  # what a round adds to a run folder
 
@@ -28,9 +28,11 @@ def centralised(federation: Federation) -> Federation:
     return replace(federation, data=data, clients_per_round=1, sampling="fixed")
 
 
-def train_centralised(federation: Federation, engine: Engine, on_round: Callable[[RoundRecord], None]) -> list[Line]:
-    """Train on all data in one place: the lines of every round."""
-    return _lines_of(centralised(federation), engine, on_round)
+def train_centralised(
+    federation: Federation, engine: Engine, on_round: Callable[[RoundRecord], None]
+) -> tuple[list[Line], ServerState]:
+    """Train on all data in one place: the lines of every round, and the final state."""
+    return _trained(centralised(federation), engine, on_round)
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,14 @@ def _only(partition: Partition, client: int) -> Partition:
 def each_alone(federation: Federation, engine: Engine) -> Iterator[Alone]:
     """Train every client on its own, one after another, in order."""
     for client in range(federation.data.num_clients):
-        lines = _lines_of(alone(federation, client), engine)
+        lines, _ = _trained(alone(federation, client), engine)
         evaluations = tuple(replace(e, client=client) for _, own in lines for e in own)
         yield Alone(client, tuple(record for record, _ in lines), evaluations)
 
 
-def _lines_of(single: Federation, engine: Engine, on_round: Callable[[RoundRecord], None] | None = None) -> list[Line]:
+def _trained(
+    single: Federation, engine: Engine, on_round: Callable[[RoundRecord], None] | None = None
+) -> tuple[list[Line], ServerState]:
     """Run a federation of one; nothing is sent, and of a round nothing but its lines is kept."""
     lines: list[Line] = []
 
@@ -74,8 +78,7 @@ def _lines_of(single: Federation, engine: Engine, on_round: Callable[[RoundRecor
             if on_round:
                 on_round(record)
 
-    run(single, start(single), engine, take)
-    return lines
+    return lines, run(single, start(single), engine, take)
 
 
 def merged(all_alone: Sequence[Alone]) -> Iterator[Line]:

@@ -57,7 +57,11 @@ def _git() -> dict[str, Any] | None:
     """Commit of the working folder, and whether it holds uncommitted changes; None outside a checkout."""
     try:
         commit = _git_says("rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git_says("status", "--porcelain"))} if commit else None
+        return (
+            {"commit": commit, "dirty": bool(_git_says("status", "--porcelain", "--untracked-files=no"))}
+            if commit
+            else None
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -43,7 +43,11 @@ class ClientError(FedsimError):
         super().__init__(f"round {round}, client {client}: {what}")
 
     def __reduce__(self) -> tuple[type["ClientError"], tuple[int, int, str]]:
-        return ClientError, (self.round, self.client, self.what)  # the default would call __init__ with one string
+        return type(self), (self.round, self.client, self.what)  # the default would call __init__ with one string
+
+
+class DivergedError(ClientError):
+    """A client's training gave NaN or infinity. Running it again would give the same."""
 
 
 class RunError(FedsimError):

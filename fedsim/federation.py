@@ -155,6 +155,7 @@ def _evaluated(
         seconds=0.0,
         bytes_up=result.bytes_up,
         bytes_down=result.bytes_down,
+        cohort=result.clients,
         skipped=result.skipped,
     )
     if round % federation.eval_every and round != federation.rounds:

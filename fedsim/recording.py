@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,20 +16,25 @@ from fedsim.data import heterogeneity
 from fedsim.data.federated import FederatedData
 from fedsim.errors import FedsimError, RunError
 from fedsim.federation import RoundResult
-from fedsim.records import ClientEvaluation, RoundRecord
+from fedsim.records import ClientEvaluation, RoundRecord, ServerState
 from fedsim.summary import Metrics, Status, summarize
 
 SPLIT_DETAIL_CLIENTS = 2000  # split.json lists every client up to here
 FINGERPRINT_ENTRIES = 4_000_000  # of the inputs that are hashed; keeps it well under a second
 
 OnRound = Callable[[RoundRecord], None]
+Kind = Literal["federated", "centralised", "alone"]
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What summary.json says of a run beside its results. ``rounds`` is the planned number."""
+    """What summary.json says of a run beside its results. ``rounds`` is the planned number.
+
+    kind: of training; the last two are the baselines.
+    """
 
     name: str
+    kind: Kind
     model: str
     parameters: int
     clients: int
@@ -56,6 +61,11 @@ class Recording:
         with _writing(self.folder):
             self._write("running")
         return self
+
+    def save(self, state: ServerState) -> None:
+        """Write a checkpoint."""
+        with _writing(self.folder):
+            runs.save_checkpoint(self.folder, state)
 
     def take(self, result: RoundResult) -> None:
         """Write one round: its lines first, then the checkpoint that makes them count."""
@@ -88,7 +98,7 @@ class Recording:
 
     def _finish(self) -> None:
         state = runs.load_checkpoint(self.folder)
-        runs.save_model(self.folder, state.params, state.buffers, {"name": self.facts.name})
+        runs.save_model(self.folder, state.params, state.buffers)
         self._write("finished")
 
     def _write(self, status: Status, error: str | None = None) -> None:
@@ -112,6 +122,7 @@ def _summary(
     return {
         "format": runs.FORMAT,
         "name": facts.name,
+        "kind": facts.kind,
         "status": status,
         "error": error,
         **summarize(rounds, initial, planned=facts.rounds, target=facts.target_accuracy),
@@ -126,16 +137,20 @@ def _summary(
 
 
 def record_rounds(
-    folder: Path, facts: Facts, lines: Iterable[tuple[RoundRecord, tuple[ClientEvaluation, ...]]]
-) -> Path:
-    """Write rounds that are all there already, and a summary, to a folder without checkpoint or model; the folder."""
+    folder: Path,
+    facts: Facts,
+    lines: Iterable[tuple[RoundRecord, tuple[ClientEvaluation, ...]]],
+    final: ServerState | None,
+) -> None:
+    """Write rounds that are all there already, the final model if there is one, and a summary; no checkpoint."""
     records = []
     with _writing(folder):
         for record, evaluations in lines:
             runs.append_round(folder, record, evaluations)
             records.append(record)
+        if final is not None:
+            runs.save_model(folder, final.params, final.buffers)
         runs.write_json(folder / "summary.json", _summary(facts, records, None, "finished"))
-    return folder
 
 
 def fingerprint(data: FederatedData) -> str:

@@ -161,7 +161,8 @@ class ClientEvaluation:
 class RoundRecord:
     """One line of rounds.jsonl. ``loss`` and ``accuracy`` are on held-out data, None in rounds without evaluation.
 
-    clients: number of clients that contributed. seconds: wall time of the round with its evaluation.
+    clients: number of clients that contributed; ``cohort`` are their ids, ascending.
+    seconds: wall time of the round with its evaluation.
     client_accuracy_*: mean, standard deviation and mean of the worst tenth, over clients with held-out examples.
     """
 
@@ -177,4 +178,5 @@ class RoundRecord:
     client_accuracy_mean: float | None = None
     client_accuracy_std: float | None = None
     client_accuracy_worst_tenth: float | None = None
+    cohort: tuple[int, ...] = ()
     skipped: tuple[int, ...] = ()

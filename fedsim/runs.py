@@ -101,10 +101,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def save_model(folder: Path, params: Params, buffers: Params, metadata: Mapping[str, str]) -> None:
+def save_model(folder: Path, params: Params, buffers: Params) -> None:
     """Write the global model, parameters and buffers under their ``state_dict`` names."""
     tensors = {name: separate(tensor) for name, tensor in {**params, **buffers}.items()}
-    write_bytes(folder / "model.safetensors", safetensors.torch.save(tensors, metadata=dict(metadata)))
+    write_bytes(folder / "model.safetensors", safetensors.torch.save(tensors))
 
 
 def save_checkpoint(folder: Path, state: ServerState) -> None:
@@ -220,7 +220,7 @@ class RunFolder:
     def rounds(self) -> list[RoundRecord]:
         """Every whole round, in order."""
         records = self._records("rounds.jsonl", RoundRecord)
-        return [dataclasses.replace(r, skipped=tuple(r.skipped)) for r in records]
+        return [dataclasses.replace(r, cohort=tuple(r.cohort), skipped=tuple(r.skipped)) for r in records]
 
     def clients(self) -> list[ClientEvaluation]:
         """Every client evaluation, in order of round and client."""
@@ -231,6 +231,8 @@ class RunFolder:
         path = self.path / "model.safetensors"
         if path.exists():
             return _tensors(path, _read(path))
+        if self.summary().get("kind") == "alone":
+            raise DataError(f"{self.path}: has no model, every client trained one of its own")
         state = load_checkpoint(self.path)
         return {**state.params, **state.buffers}
 
@@ -274,6 +276,8 @@ def load_checkpoint(folder: Path) -> ServerState:
     Raises:
         DataError: no checkpoint, or a damaged one; names the file.
     """
+    if RunFolder(folder).summary().get("kind", "federated") != "federated":
+        raise DataError(f"{folder}: a baseline has no checkpoint and cannot be resumed")
     facts = _json(folder / _STATE)
     try:
         path, size, digest = folder / "checkpoint" / str(facts["file"]), int(facts["bytes"]), str(facts["sha256"])

@@ -23,7 +23,7 @@ from fedsim.config import build, load
 from fedsim.engines import reference
 from fedsim.engines.engine import Job
 from fedsim.errors import ClientError, ConfigError, DataError, RunError
-from fedsim.federation import start
+from fedsim.federation import cohort, start
 from fedsim.records import Broadcast
 from fedsim.training.client import train_client
 
@@ -599,3 +599,50 @@ def test_all_that_an_engine_needs_can_be_sent_to_another_process():
         for each in (job, Job(made.work, made.data, made.strategy, made.on_nan))
     )
     assert p.same_bits(one.update, other.update)
+
+
+def test_a_run_stopped_before_its_first_round_is_resumed_from_the_start(whole):
+    seen = []
+
+    def stop(run, federation):
+        seen.append(run)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fedsim.run(config(), on_start=stop)
+    (stopped,) = seen
+    assert stopped.summary["status"] == "interrupted" and stopped.rounds == []
+    assert_equal(fedsim.resume(stopped.folder).folder, whole.folder)
+
+
+def test_the_seed_of_the_data_fixes_split_and_held_out_part_alone():
+    first, other = (fedsim.split(config(), {"seed": seed, "data.seed": 11}) for seed in (1, 2))
+    assert first.facts == other.facts and np.array_equal(first.partition.indices, other.partition.indices)
+    assert fedsim.split(config(), {"seed": 1}).facts["fingerprint"] != first.facts["fingerprint"]
+    runs_ = [fedsim.run(config(rounds=1), {"seed": seed, "data.seed": 11}) for seed in (1, 2)]
+    assert runs_[0].rounds[0].loss != runs_[1].rounds[0].loss
+
+
+def test_a_round_records_who_took_part():
+    plain = {**config(), "strategy": "fedavg"}
+    federation, _ = build.federation(load.load(plain))
+    run = fedsim.run(plain)
+    assert [list(r.cohort) for r in run.rounds] == [cohort(federation, r.round).tolist() for r in run.rounds]
+
+
+def test_a_change_of_somebody_elses_code_is_told(place):
+    source = "from torch import nn\n\n\ndef mine():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    (place / "mended.py").write_text(source)
+    run = fedsim.run({**config(rounds=1), "model": "mended:mine", "strategy": "fedavg"})
+    fedsim.resume(run.folder, rounds=2)
+    (place / "mended.py").write_text(source + "# mended\n")
+    with pytest.warns(UserWarning, match=r"mended changed since .*small-.* was started"):
+        fedsim.resume(run.folder, rounds=3)
+    with pytest.warns(UserWarning, match="mended changed"):
+        run.model()
+
+
+def test_a_run_tells_in_a_line_what_became_of_it(whole):
+    told = repr(whole)
+    assert told.startswith(f"Run('{whole.folder}', status=finished, rounds_done=4, accuracy=0.")
+    assert {"run", "resume", "load", "split", "baseline"} <= set(dir(fedsim))

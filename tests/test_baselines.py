@@ -9,6 +9,7 @@ import torch
 import fedsim
 from fedsim.baselines import centralised, each_alone, merged, train_centralised
 from fedsim.config import build, load
+from fedsim.errors import DataError
 from fedsim.federation import start
 from fedsim.rng import fold
 from fedsim.training.client import train_client
@@ -31,7 +32,7 @@ def made(**data):
 
 def test_centralised_is_gradient_descent_on_exactly_the_examples_that_clients_hold():
     federation, engine = made(split={"name": "iid", "examples_per_client": 20})
-    lines = train_centralised(federation, engine, lambda record: None)
+    lines, final = train_centralised(federation, engine, lambda record: None)
     held = torch.from_numpy(np.sort(federation.data.partition.indices))
     assert len(held) == 100 < len(federation.data.train)
     model = copy.deepcopy(federation.work.model)
@@ -47,11 +48,13 @@ def test_centralised_is_gradient_descent_on_exactly_the_examples_that_clients_ho
             torch.nn.functional.cross_entropy(model(test.inputs), test.labels).item(), abs=1e-5
         )
         assert (record.clients, record.bytes_up, record.bytes_down) == (1, 0, 0)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(final.params[name], parameter, atol=1e-5)
 
 
 def test_centralised_is_tested_on_each_clients_own_held_out_examples():
     federation, engine = made()
-    (*_, (record, evaluations)) = train_centralised(federation, engine, lambda record: None)
+    (*_, (record, evaluations)), _ = train_centralised(federation, engine, lambda record: None)
     sizes = federation.data.test_partition.sizes()
     assert [e.num_examples for e in evaluations] == sizes[sizes > 0].tolist()
     assert record.client_accuracy_std > 0
@@ -91,4 +94,12 @@ def test_the_baselines_of_a_config_are_two_folders(tmp_path, monkeypatch):
     both = fedsim.baseline(CONFIG)
     assert [len(run.rounds) for run in (both.centralised, both.alone)] == [3, 3]
     assert [run.summary["name"] for run in (both.centralised, both.alone)] == ["small-centralised", "small-alone"]
+    assert [run.summary["kind"] for run in (both.centralised, both.alone)] == ["centralised", "alone"]
     assert both.centralised.summary["totals"]["bytes_up"] == 0
+    test = fedsim.split(CONFIG)  # the same held-out part
+    assert both.centralised.model()(torch.zeros(2, 1, 8, 8)).shape == (2, test.facts["num_classes"])
+    with pytest.raises(DataError, match="has no model, every client trained one of its own"):
+        both.alone.model()
+    for run in (both.centralised, both.alone):
+        with pytest.raises(DataError, match="a baseline has no checkpoint and cannot be resumed"):
+            fedsim.resume(run.folder, rounds=9)

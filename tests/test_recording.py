@@ -15,7 +15,7 @@ from fedsim.federation import RoundResult
 from fedsim.recording import SPLIT_DETAIL_CLIENTS, Facts, Recording, record_rounds, split_facts
 from fedsim.records import ClientEvaluation, Examples, Partition, RoundRecord, ServerState
 
-FACTS = Facts("test", "mlp", 12, 5, (1, 8, 8), 10, 4, 0.5)
+FACTS = Facts("test", "federated", "mlp", 12, 5, (1, 8, 8), 10, 4, 0.5)
 
 
 def result(round, accuracy):
@@ -131,7 +131,7 @@ def test_the_state_is_saved_before_anybody_is_told(folder):
 
 def test_rounds_that_are_all_there_are_written_without_a_model(folder):
     lines = [(result(round, 0.1).record, result(round, 0.1).evaluations) for round in (1, 2)]
-    record_rounds(folder, FACTS, iter(lines))
+    record_rounds(folder, FACTS, iter(lines), None)
     assert summary(folder)["status"] == "finished" and summary(folder)["initial"] is None
     assert [record for record, _ in lines] == runs.open_run(folder).rounds()
     assert not (folder / "checkpoint").exists()

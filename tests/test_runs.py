@@ -326,7 +326,7 @@ def test_an_unfinished_run_has_empty_parts_and_the_model_of_its_checkpoint(tmp_p
 
 def test_the_final_model_comes_back(tmp_path):
     made, saved = folder(tmp_path), state()
-    runs.save_model(made, saved.params, saved.buffers, {"name": "test"})
+    runs.save_model(made, saved.params, saved.buffers)
     assert p.same_bits(runs.open_run(made).model(), {**saved.params, **saved.buffers})
     (made / "model.safetensors").write_bytes(b"short")
     with pytest.raises(DataError, match=r"model\.safetensors: not a whole safetensors file"):

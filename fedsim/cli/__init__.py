@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from types import FrameType
 from typing import NoReturn
 
@@ -18,7 +19,7 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="fedsim",
-    help="Federated-learning simulation: one YAML, from a laptop to separate machines.",
+    help="Federated learning, simulated from one YAML file, exactly repeatable.",
     epilog="Add --debug to any command to see the traceback of an error.",
     add_completion=False,
     rich_markup_mode=None,
@@ -47,6 +48,7 @@ def main() -> NoReturn:
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     signal.signal(signal.SIGTERM, _interrupt)
+    warnings.showwarning = lambda message, category, *_, **__: _warn(message, category)
     try:
         code = _call(arguments or ["--help"])
         sys.stdout.flush()
@@ -72,6 +74,12 @@ def _call(arguments: list[str]) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     return 0
+
+
+def _warn(message: Warning | str, category: type[Warning]) -> None:
+    """Python's other warnings are for developers and stay where Python puts them: out of sight."""
+    if category is UserWarning:
+        typer.echo(f"warning: {message}", err=True)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

@@ -1,5 +1,6 @@
 """What a run shows while it goes on: live bars on a terminal, plain lines elsewhere; a table at the end."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -26,6 +27,10 @@ def console() -> Console:
     return made
 
 
+def _sent(rounds: Sequence[RoundRecord]) -> int:
+    return sum(record.bytes_up + record.bytes_down for record in rounds)
+
+
 class Display(Protocol):
     """Shows a run. Used as a context."""
 
@@ -39,8 +44,8 @@ class Display(Protocol):
     def step(self, name: str, done: int, total: int) -> None:
         """Some other work has come so far."""
 
-    def begin(self, title: str, done: int, total: int) -> None:
-        """Rounds start, ``done`` of ``total`` are there already."""
+    def begin(self, title: str, done: Sequence[RoundRecord], total: int) -> None:
+        """Rounds start; those ``done`` of ``total`` are there already."""
 
     def round(self, record: RoundRecord) -> None:
         """A round has finished."""
@@ -69,14 +74,14 @@ class Lines:
         """Say how far it has come."""
         self.line(f"{name} {done}/{total}")
 
-    def begin(self, title: str, done: int, total: int) -> None:
+    def begin(self, title: str, done: Sequence[RoundRecord], total: int) -> None:
         """Say what runs."""
-        self.total = total
+        self.total, self.sent = total, _sent(done)
         self.line(title)
 
     def round(self, record: RoundRecord) -> None:
         """Say how the round went."""
-        self.sent += record.bytes_up + record.bytes_down
+        self.sent += _sent([record])
         loss = ABSENT if record.loss is None else f"{record.loss:.4f}"
         self.line(
             f"round {record.round}/{self.total}  accuracy {percent(record.accuracy)}  loss {loss}  "
@@ -128,14 +133,15 @@ class Live:
             self.others[name] = self.bars.add_task(name, total=total, facts="")
         self.bars.update(self.others[name], completed=done, facts=facts)
 
-    def begin(self, title: str, done: int, total: int) -> None:
+    def begin(self, title: str, done: Sequence[RoundRecord], total: int) -> None:
         """Start the bar of rounds."""
+        self.sent = _sent(done)
         self.bars.console.print(title, highlight=False, markup=False)
-        self.rounds = self.bars.add_task("rounds", total=total, completed=done, facts="")
+        self.rounds = self.bars.add_task("rounds", total=total, completed=len(done), facts="")
 
     def round(self, record: RoundRecord) -> None:
         """Move the bar of rounds; the last known accuracy stays."""
-        self.sent += record.bytes_up + record.bytes_down
+        self.sent += _sent([record])
         if record.accuracy is not None:
             self.shown = f"accuracy {percent(record.accuracy)}"
         if self.rounds is not None:
@@ -161,7 +167,7 @@ def result_table(summary: dict[str, Any]) -> Table:
     ]
     if "target_accuracy" in summary:
         reached = summary["rounds_to_target"]
-        after = "not reached" if reached is None else f"after {reached:.2f} rounds"
+        after = "not reached" if reached is None else f"after {reached:.2f} rounds, interpolated"
         rows.append((f"{percent(summary['target_accuracy'])} accuracy", after))
     rows += [
         ("sent", f"{size(totals['bytes_up'])} up, {size(totals['bytes_down'])} down"),

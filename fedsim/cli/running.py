@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from fedsim.cli.arguments import CHANGES, CONFIG, RUN
+from fedsim.errors import DivergedError
 
 if TYPE_CHECKING:
     from fedsim.api import Run
@@ -57,7 +58,7 @@ def _shown(start: Any) -> None:
 
         def on_start(run: "Run", federation: "Federation") -> None:
             begun.append(run.folder)
-            shown.begin(_title(run), len(run.rounds), federation.rounds)
+            shown.begin(_title(run), run.rounds, federation.rounds)
 
         done = start(on_start=on_start, on_round=shown.round, progress=shown.loading)
     _finish(console, done)
@@ -70,7 +71,8 @@ def _resumable() -> Iterator[list[Path]]:
     try:
         yield begun
     except BaseException as error:
-        if begun and (begun[0] / "checkpoint" / "state.json").exists():
+        repeats = isinstance(error, DivergedError)  # draws are keyed: a resumed run would diverge in the same place
+        if begun and not repeats and (begun[0] / "checkpoint" / "state.json").exists():
             folder = shlex.quote(str(begun[0]))
             error.add_note(f"the last whole round is saved; go on with: fedsim resume {folder}")
         raise
@@ -107,7 +109,7 @@ def baseline(config: Path = CONFIG, changes: list[str] = CHANGES) -> None:
         done = api.baseline(
             config,
             parse_overrides(changes or []),
-            on_start=lambda federation: shown.begin("centralised", 0, federation.rounds),
+            on_start=lambda federation: shown.begin("centralised", [], federation.rounds),
             on_round=shown.round,
             on_client=lambda done, clients: shown.step("clients alone", done, clients),
             progress=shown.loading,

@@ -97,13 +97,13 @@ def dataset(config: Config, progress: Progress = silent) -> Dataset:
     root = None if config.data.root is None else Path(config.data.root).expanduser()
     if root is not None and not root.is_dir():
         raise DataError(f"data.root: folder {root} does not exist")
-    found = make(config, "datasets", root=root, key=rng.fold(config.seed, "dataset"), progress=progress)
+    found = make(config, "datasets", root=root, key=rng.fold(_data_seed(config), "dataset"), progress=progress)
     component = config.data.dataset
     if is_foreign(component.name):
         with _blamed_on("data.dataset", component):  # its __getitem__ is foreign, too
             found = from_callable(found, component.name)
     check(found)
-    return hold_out(found, config.data.test_fraction, rng.fold(config.seed, "held-out"))
+    return hold_out(found, config.data.test_fraction, rng.fold(_data_seed(config), "held-out"))
 
 
 def partition(config: Config, loaded: Dataset) -> Partition:
@@ -113,7 +113,7 @@ def partition(config: Config, loaded: Dataset) -> Partition:
         DataError: the split cannot be made with these examples, or a custom one breaks a rule.
     """
     labels, clients = loaded.train.labels, config.data.clients
-    key = rng.fold(config.seed, "split")
+    key = rng.fold(_data_seed(config), "split")
     made = make(config, "splits", labels=labels, num_clients=clients, key=key, columns=loaded.columns)
     component = config.data.split
     with _blamed_on("data.split", component):
@@ -142,6 +142,10 @@ def model(config: Config, shape: ModelShape, example: Tensor | None = None) -> n
     return found
 
 
+def _data_seed(config: Config) -> int:
+    return config.seed if config.data.seed is None else config.data.seed
+
+
 def shape_of(data: FederatedData) -> ModelShape:
     """What a model must fit."""
     return ModelShape(tuple(data.train.inputs.shape[1:]), data.num_classes)
@@ -150,7 +154,7 @@ def shape_of(data: FederatedData) -> ModelShape:
 def federated_data(config: Config, progress: Progress = silent) -> FederatedData:
     """Load, hold out, split, and give each client its part."""
     loaded = dataset(config, progress)
-    return assemble(loaded, partition(config, loaded), rng.fold(config.seed, "feature-noise"))
+    return assemble(loaded, partition(config, loaded), rng.fold(_data_seed(config), "feature-noise"))
 
 
 def federation(config: Config, progress: Progress = silent) -> tuple[Federation, Engine]:

@@ -6,9 +6,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
-from fedsim.config.components import base_of, model_of
+from fedsim.config.components import Slot, base_of, model_of
 from fedsim.config.read import as_yaml
-from fedsim.config.schema import Config
+from fedsim.config.schema import Config, Data, Section, Train
 from fedsim.config.tables import KINDS
 
 
@@ -34,6 +34,24 @@ def entries(kind: str) -> list[Entry]:
 def common_keys(kind: str) -> tuple[tuple[str, str, str], ...]:
     """Keys that every component of a kind takes beside its own."""
     return _keys(base_of(KINDS[kind]).model_fields, but=frozenset({"name"}))
+
+
+def sections() -> list[Entry]:
+    """The keys of a config that name no component: of the whole, of ``data`` and of ``train``."""
+    return [
+        Entry(name, _first_line(model), _told_keys(model))
+        for name, model in (("(top)", Config), ("data", Data), ("train", Train))
+    ]
+
+
+def _told_keys(model: type[Section]) -> tuple[tuple[str, str, str], ...]:
+    """Keys with what their description adds; sections and empty rooms are left out."""
+    rooms = ("data", "train", "pruning", "transforms", "transfer")
+    return tuple(
+        (name, _type(field), _default(field.default) + (f"; {field.description}" if field.description else ""))
+        for name, field in model.model_fields.items()
+        if name not in rooms and not any(isinstance(m, Slot) for m in field.metadata)
+    )
 
 
 def json_schema() -> dict[str, Any]:

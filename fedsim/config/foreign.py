@@ -1,11 +1,12 @@
 """Somebody else's code: where ``package.module:name`` is looked for, and how it is imported."""
 
 import contextlib
+import hashlib
 import importlib
 import importlib.machinery
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,14 @@ def _check_same_file(top: str) -> None:
     if loaded and spec and spec.origin and not Path(loaded).samefile(spec.origin):
         rule = f"{spec.origin} has the name of {loaded}, which this process has imported before"
         raise ValueError(f"cannot import {top!r}: {rule}; rename one, or run them in two processes")
+
+
+def sources(names: Iterable[str]) -> dict[str, str]:
+    """The sha256 of the file of each named module, so that it can be told when it changes. Not of what it imports.
+
+    Args:
+        names: ``package.module:name``, already imported.
+    """
+    modules = sorted({name.partition(":")[0] for name in names})
+    files = {module: getattr(sys.modules.get(module), "__file__", None) for module in modules}
+    return {module: hashlib.sha256(Path(file).read_bytes()).hexdigest() for module, file in files.items() if file}

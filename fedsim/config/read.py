@@ -161,7 +161,8 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 def override(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The config with values at dotted keys replaced.
 
-    ``{"train.rounds": 5}``; a missing section is made; a component given by its bare name becomes a mapping. The
+    ``{"train.rounds": 5}``; a section given as a mapping is merged in, a component given with its name replaces the
+    old one; a missing section is made; a component given by its bare name becomes a mapping. The
     order of the changes is of no matter: whole sections come first, then names of components, then their parameters.
 
     Raises:
@@ -184,9 +185,11 @@ def override(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 
 
 def _replace(config: dict[str, Any], key: str, nested: Any, depth: int) -> dict[str, Any]:
-    """Merge along the path only; the value at its end replaces what was there, mapping or not."""
+    """Merge along the path. At its end a component replaces the old one whole; a section replaces the keys it has."""
     if depth == 1:
-        return {**config, key: nested}
+        old = config.get(key)
+        is_section = isinstance(old, Mapping) and isinstance(nested, Mapping) and "name" not in nested
+        return {**config, key: merge(old, nested) if is_section else nested}  # type: ignore[arg-type]
     old = config.get(key)
     old = {"name": old} if isinstance(old, str) else dict(old or {})
     ((inner, value),) = nested.items()

@@ -19,7 +19,7 @@ def _count_or_all(value: Any) -> Any:
     raise PydanticCustomError("count_or_all", "must be a whole number >= 1, or all")
 
 
-CountOrAll = Annotated[int | Literal["all"], BeforeValidator(_count_or_all)]
+CountOrAll = Annotated[Annotated[int, Field(ge=1)] | Literal["all"], BeforeValidator(_count_or_all)]
 
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -63,6 +63,9 @@ class Data(Section):
     test_fraction: Annotated[
         float, Field(gt=0, lt=1, description="held out where the dataset has no test set of its own")
     ] = 0.2
+    seed: Annotated[
+        int | None, Field(ge=0, lt=2**63, description="of split and held-out part; null: the run's seed")
+    ] = None
 
 
 class Train(Section):
@@ -78,7 +81,8 @@ class Train(Section):
     optimizer: Annotated[Component, Slot("optimizers")] = Field(default="sgd", validate_default=True)
     eval_every: Annotated[int, Field(ge=1)] = 1
     target_accuracy: Annotated[
-        float | None, Field(gt=0, le=1, description="summary.json then says after how many rounds it was reached")
+        float | None,
+        Field(gt=0, le=1, description="summary.json then says after how many rounds, interpolated; the run goes on"),
     ] = None
     on_nan: Annotated[Literal["fail", "skip"], Field(description="when a client's training diverges")] = "fail"
 

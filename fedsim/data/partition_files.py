@@ -146,7 +146,7 @@ def load(path: str | Path, labels: Tensor, num_clients: int | None = None, min_e
     if made_for != fingerprint(labels):
         raise DataError(
             f"data.split.path: {path} was made for other training examples than these {len(labels)}, "
-            "or for another order of them"
+            "or for another order of them (another seed holds out another part; data.seed keeps it)"
         )
     check(partition, len(labels), num_clients, min_examples)
     return partition

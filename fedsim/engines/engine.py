@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from fedsim.data.federated import FederatedData
-from fedsim.errors import ClientError
+from fedsim.errors import DivergedError
 from fedsim.records import Broadcast, ClientUpdate, CohortUpdate, Examples, Params
 from fedsim.rng import fold
 from fedsim.strategies.strategy import Strategy, weight
@@ -16,6 +16,8 @@ from fedsim.training.client import LocalWork
 from fedsim.training.evaluate import Scores
 
 OnNan = Literal["fail", "skip"]
+
+REMEDY = "lower train.optimizer.lr, or set train.on_nan: skip, and run again"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def collect(
         The cohort's update. Metrics are means weighted by examples.
 
     Raises:
-        ClientError: an update or a training loss is not finite and the job says ``fail``.
+        DivergedError: an update or a training loss is not finite and the job says ``fail``.
     """
     aggregate = job.strategy.aggregator
     updates_sum, buffers_sum = aggregate.start(), aggregate.start()
@@ -85,7 +87,7 @@ def collect(
         moved = _moved(result.buffers, broadcast.buffers)
         wrong = _not_finite(result, moved)
         if wrong and job.on_nan == "fail":
-            raise ClientError(broadcast.round, result.client, f"training diverged: {wrong} (train.on_nan is fail)")
+            raise DivergedError(broadcast.round, result.client, f"training diverged: {wrong} ({REMEDY})")
         if wrong:
             skipped.append(result.client)
             continue

@@ -24,7 +24,7 @@ def test_lines_are_one_a_round_without_escapes_however_narrow():
         shown.loading("a.gz", 0, 5_000)
         shown.loading("a.gz", 5_000, 5_000)
         shown.loading("b.gz", 0, None)
-        shown.begin("title [bold]", 0, 2)
+        shown.begin("title [bold]", [], 2)
         shown.round(record(1))
         shown.round(record(2, loss=None, accuracy=None))
     assert out.getvalue().splitlines() == [
@@ -36,6 +36,14 @@ def test_lines_are_one_a_round_without_escapes_however_narrow():
     ]
 
 
+def test_a_run_that_goes_on_counts_what_was_sent_before():
+    out = io.StringIO()
+    with display.for_console(Console(file=out, width=200)) as shown:
+        shown.begin("title", [record(1), record(2)], 3)
+        shown.round(record(3))
+    assert "sent 9.00 kB" in out.getvalue()
+
+
 class Closed(io.StringIO):
     def write(self, text):
         raise BrokenPipeError
@@ -45,7 +53,7 @@ def test_a_closed_pipe_interrupts_a_run_and_ends_a_table(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Closed())
     console = display.console()
     with pytest.raises(KeyboardInterrupt), display.Lines(console) as shown:
-        shown.begin("title", 0, 1)
+        shown.begin("title", [record(1)], 2)
     with pytest.raises(BrokenPipeError):
         console.print("x")
 
@@ -60,7 +68,7 @@ def test_a_table_tells_what_became_of_a_run():
     lines = [re.split(r"\s{2,}", line.strip()) for line in out.getvalue().splitlines()]
     assert lines == [
         ["status", "finished"], ["rounds", "2 of 3"], ["accuracy", "50.00 % final, – best"], ["loss", "1.2500"],
-        ["90.00 % accuracy", "after 1.50 rounds"], ["sent", "10 B up, 2.00 kB down"], ["time", "3.0 s"],
+        ["90.00 % accuracy", "after 1.50 rounds, interpolated"], ["sent", "10 B up, 2.00 kB down"], ["time", "3.0 s"],
     ]  # fmt: skip
 
 

@@ -183,6 +183,7 @@ def test_what_only_the_data_shows_is_named_by_its_key(valid, changes, error, mes
 def test_a_cohort_larger_than_a_natural_split_is_refused(valid):
     changes = {
         "data": {"dataset": {"name": "synthetic", "owners": 5}, "split": {"name": "natural", "column": "device"}},
+        "data.clients": None,
         "model": "linear",
         "train.clients_per_round": 6,
     }

@@ -1,5 +1,8 @@
 import pytest
 
+from fedsim.config.load import check
+from fedsim.errors import ConfigError
+
 UNKNOWN = [
     ("data.split.alhpa", "data.split.alhpa: unknown key (did you mean alpha?)"),
     ("strateggy", "strateggy: unknown key (did you mean strategy?)"),
@@ -90,8 +93,6 @@ def test_a_wrong_value_is_named_with_key_rule_and_value(problems, key, value, me
     [
         ({"data.split": "dirichlett"}, "data.split.name: unknown name 'dirichlett' (did you mean dirichlet?); known:"),
         ({"data.dataset": "digit"}, "data.dataset.name: unknown name 'digit' (did you mean digits?); known: digits, "),
-        ({"data.split": {"alpha": 1}}, "data.split.name: needed, but not given; known: iid, dirichlet, "),
-        ({"model": {}}, "model.name: needed, but not given; known: linear, mlp, "),
         ({"data.split.name": 5}, "data.split.name: unknown name 5; known: iid, "),
         ({"strategy": "zzz"}, "strategy.name: unknown name 'zzz'; known: fedavg, or package.module:name"),
         ({"train.optimizer": "zzz"}, "train.optimizer.name: unknown name 'zzz'; known: sgd"),
@@ -116,9 +117,17 @@ def test_all_problems_are_reported_at_once(problems):
     ]  # fmt: skip
 
 
-def test_an_empty_config_needs_data_and_a_model(problems):
-    lines = problems({"data": {}, "model": None})
-    assert [line.partition(": ")[0] for line in lines] == ["data.dataset", "model", "data.clients"]
+def test_an_empty_config_needs_data_and_a_model():
+    with pytest.raises(ConfigError) as caught:
+        check({"data": {}, "model": None})
+    assert [line.partition(": ")[0] for line in caught.value.problems] == ["data.dataset", "model", "data.clients"]
+
+
+def test_a_component_without_a_name_is_answered_with_those_there_are():
+    with pytest.raises(ConfigError) as caught:
+        check({"data": {"dataset": "digits", "clients": 2, "split": {"alpha": 1}}, "model": {}})
+    assert caught.value.problems[0].startswith("data.split.name: needed, but not given; known: iid, dirichlet, ")
+    assert caught.value.problems[1].startswith("model.name: needed, but not given; known: linear, mlp, ")
 
 
 def test_a_key_that_is_called_like_its_component_does_not_confuse_the_path(problems):

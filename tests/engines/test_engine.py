@@ -10,7 +10,7 @@ from torch import nn
 from fedsim import params as p
 from fedsim.data.federated import FederatedData
 from fedsim.engines.engine import Job, client_key, collect
-from fedsim.errors import ClientError
+from fedsim.errors import DivergedError
 from fedsim.records import Broadcast, ClientUpdate, Examples, Partition
 from fedsim.rng import fold
 from fedsim.strategies.strategy import fedavg
@@ -68,8 +68,8 @@ BAD = {
 
 @pytest.mark.parametrize(("what", "bad"), BAD.items(), ids=BAD)
 def test_a_result_that_is_not_finite_fails_the_round_by_name(what, bad):
-    rule = rf"round 3, client 4: training diverged: {what.strip()} \(train.on_nan is fail\)"
-    with pytest.raises(ClientError, match=rule) as e:
+    rule = rf"round 3, client 4: training diverged: {what.strip()} \(lower train.optimizer.lr"
+    with pytest.raises(DivergedError, match=rule) as e:
         collected(job(), [TWO[0], bad, TWO[1]])
     assert (e.value.round, e.value.client) == (3, 4)
 

@@ -1,0 +1,107 @@
+"""What a run folder says before the first round, and what must still be true when a run is gone on with."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsim import environment, runs
+from fedsim.config import build
+from fedsim.config import load as config_files
+from fedsim.config.components import is_foreign
+from fedsim.config.foreign import sources
+from fedsim.config.schema import Config
+from fedsim.config.tables import KINDS
+from fedsim.engines.engine import Engine
+from fedsim.errors import DataError, RunError
+from fedsim.federation import Federation, start
+from fedsim.params import check_alike, num_entries
+from fedsim.recording import SPLIT_DETAIL_CLIENTS, Facts, Kind, fingerprint, split_facts
+from fedsim.records import Params
+
+
+def new_folder(config: Config, federation: Federation, engine: Engine, beside: Path) -> Path:
+    """A run folder with what is known before the first round; ``beside`` is where a resume finds foreign modules."""
+    folder = runs.create(Path(config.output).expanduser(), config.name)
+    try:
+        runs.write_config(folder, config_files.resolved(config))
+        code = {"config_folder": str(beside.resolve()), "code": _code(config)}
+        runs.write_json(folder / "environment.json", {**environment.describe(engine.describe()), **code})
+        runs.write_json(folder / "split.json", split_facts(federation.data, SPLIT_DETAIL_CLIENTS))
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+def folder_of(config: str | Path | Mapping[str, Any]) -> Path:
+    """Where a config lies; a mapping lies in the working folder."""
+    return Path.cwd() if isinstance(config, Mapping) else Path(config).parent
+
+
+def config_folder(folder: runs.RunFolder) -> Path:
+    """Where the config of a run was. A run folder does not get to bring code of its own."""
+    found = Path(folder.environment().get("config_folder", ".")).resolve()
+    return Path.cwd() if found.is_relative_to(folder.path.resolve()) else found
+
+
+def ignore(*_: object) -> None:
+    """Be a hook that nobody listens to."""
+
+
+def facts_of(config: Config, federation: Federation, kind: Kind = "federated") -> Facts:
+    """What summary.json says of a run beside its results."""
+    return Facts(
+        name=config.name,
+        kind=kind,
+        model=config.model.name,
+        parameters=num_entries(start(federation).params),
+        clients=federation.data.num_clients,
+        input_shape=build.shape_of(federation.data).input_shape,
+        num_classes=federation.data.num_classes,
+        rounds=config.train.rounds,
+        target_accuracy=config.train.target_accuracy,
+    )
+
+
+def _code(config: Config) -> dict[str, str]:
+    """Hashes of the modules of foreign components."""
+    names = (config_files.component_at(config, kind.path).name for kind in KINDS.values())
+    return sources(name for name in names if is_foreign(name))
+
+
+def warn_of_other_code(config: Config, folder: runs.RunFolder) -> None:
+    """Somebody else's code may be mended between two halves of a run, but not without a word."""
+    before = folder.environment().get("code", {})
+    changed = [module for module, digest in _code(config).items() if before.get(module, digest) != digest]
+    if changed:
+        warnings.warn(f"{', '.join(changed)} changed since {folder.path} was started", stacklevel=3)
+
+
+def check_same_data(federation: Federation, folder: runs.RunFolder) -> None:
+    """Refuse to go on with other examples, or another split of them, than the run started with."""
+    before = folder.split().get("fingerprint")
+    if before is not None and before != fingerprint(federation.data):
+        rule = "must be what the run started with, but the examples or their split have changed"
+        raise DataError(f"data: {rule}; the run is {folder.path}")
+
+
+def check_fits(expected: Params, found: Params, where: Path) -> None:
+    """Refuse the tensors of another model."""
+    try:
+        check_alike(expected, found)
+    except ValueError as error:
+        raise DataError(f"{where}: does not fit the model of config.yaml ({error})") from error
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One torch thread while a run goes on: results then do not depend on the number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,161 @@
+"""Run a config, resume a run, open a finished one."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fedsim import environment, runs
+from fedsim.api import folders
+from fedsim.config import build
+from fedsim.config import load as config_files
+from fedsim.config.foreign import importable
+from fedsim.errors import ConfigError
+from fedsim.federation import Federation, start
+from fedsim.federation import run as run_rounds
+from fedsim.params import of
+from fedsim.recording import OnRound, Recording
+from fedsim.records import ClientEvaluation, RoundRecord
+
+OnStart = Callable[["Run", Federation], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run to look at. Everything is read from its folder."""
+
+    folder: Path
+
+    def __repr__(self) -> str:
+        """Status, rounds and accuracy, in one line."""
+        found = self.summary
+        told = [f"{key}={found[key]}" for key in ("status", "rounds_done", "accuracy") if found.get(key) is not None]
+        return f"Run({', '.join([repr(str(self.folder)), *told])})"
+
+    @property
+    def rounds(self) -> list[RoundRecord]:
+        """Every round, in order."""
+        return runs.open_run(self.folder).rounds()
+
+    @property
+    def clients(self) -> list[ClientEvaluation]:
+        """Every evaluation of a client, in order of round and client."""
+        return runs.open_run(self.folder).clients()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Final and best metrics, totals and status."""
+        return runs.open_run(self.folder).summary()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved config."""
+        return runs.open_run(self.folder).config()
+
+    def model(self) -> nn.Module:
+        """The global model as it is now, in eval mode."""
+        folder = runs.open_run(self.folder)
+        tensors, shape = folder.model(), folder.summary()["model"]
+        with importable(folders.config_folder(folder)):
+            config = config_files.check(folder.config())
+            module = build.model(config, build.ModelShape(tuple(shape["input_shape"]), shape["num_classes"]))
+            folders.warn_of_other_code(config, folder)
+        params, buffers = of(module)
+        folders.check_fits({**params, **buffers}, tensors, folder.path)
+        module.load_state_dict(tensors, strict=False)  # of a weight that has two names in a module, one is saved
+        return module.eval()
+
+
+def load(folder: str | Path) -> Run:
+    """Open a run folder.
+
+    Raises:
+        DataError: it is not one, or from a newer version.
+    """
+    return Run(runs.open_run(folder).path)
+
+
+def run(
+    config: str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    on_start: OnStart | None = None,
+    on_round: OnRound | None = None,
+    progress: build.Progress = build.silent,
+) -> Run:
+    """Run a federation and write its run folder.
+
+    Args:
+        config: path of a YAML file, or the same as a mapping.
+        overrides: dotted key -> value, such as ``{"train.rounds": 5}``.
+        on_start: called once all is built, with the new folder, before the first round.
+        on_round: called after every round.
+        progress: called while data is downloaded: name, bytes done, bytes in all.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ConfigError, DataError: nothing was written.
+        ClientError, RunError: the run failed; its state is in the folder.
+        KeyboardInterrupt: the run was interrupted; its state is in the folder.
+    """
+    with importable(folders.folder_of(config)), folders.one_thread():
+        checked = config_files.load(config, overrides)
+        federation, engine = build.federation(checked, progress)
+        folder = folders.new_folder(checked, federation, engine, folders.folder_of(config))
+        recorder = Recording(folder, folders.facts_of(checked, federation), on_round or folders.ignore)
+        with runs.locked(folder), recorder as recording:
+            state = start(federation)
+            recording.save(state)  # from here on a run that is stopped can be resumed
+            (on_start or folders.ignore)(Run(folder), federation)
+            run_rounds(federation, state, engine, recording.take)
+    return Run(folder)
+
+
+def resume(
+    folder: str | Path,
+    *,
+    rounds: int | None = None,
+    on_start: OnStart | None = None,
+    on_round: OnRound | None = None,
+    progress: build.Progress = build.silent,
+) -> Run:
+    """Go on with a run after its last whole round; the result equals that of a run that was never stopped.
+
+    Args:
+        folder: the run folder. A finished run comes back as it is.
+        rounds: a new total, to make a run longer. None keeps ``train.rounds``. The old last round was evaluated even
+            if ``train.eval_every`` would have passed it over; a run that was longer from the start lacks that line.
+        on_start, on_round, progress: as in :func:`run`.
+
+    Raises:
+        DataError: not a run folder, from a newer version, a damaged checkpoint, or the data is no longer the same.
+        ConfigError: ``rounds`` is fewer than are done.
+    """
+    opened = runs.open_run(folder)
+    changes = {} if rounds is None else {"train.rounds": rounds}
+    with runs.locked(opened.path), importable(folders.config_folder(opened)), folders.one_thread():
+        state = runs.load_checkpoint(opened.path)
+        checked = config_files.load(opened.config(), changes)
+        if checked.train.rounds < state.round:
+            raise ConfigError(f"rounds: {opened.path} has {state.round} rounds already, got {checked.train.rounds}")
+        if checked.train.rounds == state.round and opened.summary().get("status") == "finished":
+            return Run(opened.path)
+        federation, engine = build.federation(checked, progress)
+        folders.check_same_data(federation, opened)
+        folders.warn_of_other_code(checked, opened)
+        fresh = start(federation)
+        saved = {**state.params, **state.buffers}
+        folders.check_fits({**fresh.params, **fresh.buffers}, saved, opened.path / "checkpoint")
+        runs.trim(opened.path, state.round)
+        runs.forget_end(opened.path)
+        with Recording(opened.path, folders.facts_of(checked, federation), on_round or folders.ignore) as recording:
+            runs.write_config(opened.path, config_files.resolved(checked))
+            resumed = {"round": state.round, **environment.describe(engine.describe())}
+            runs.add_environment(opened.path, resumed)
+            (on_start or folders.ignore)(Run(opened.path), federation)
+            run_rounds(federation, state, engine, recording.take)
+    return Run(opened.path)
