@@ -37,25 +37,46 @@ def compare(
     unless --page says.
     """
     from fedsim.cli import display
-    from fedsim.report import compare as comparing
+    from fedsim.report import groups, tables
+    from fedsim.report.compare import write
     from fedsim.runs import open_run
 
     _check_target("--page", page)
-    opened = [open_run(folder) for folder in folders]
-    compared = comparing.compare(opened)
+    compared = groups.compare([open_run(folder) for folder in folders])
     console = display.console()
-    console.print(_fitting(console, comparing.rows(compared)))
-    if len(compared.groups) < len(compared.runs):
-        console.print(_fitting(console, comparing.group_rows(compared)))
-    typer.echo(comparing.write(opened, page))
+    console.print(_fitting(console, tables.rows(compared)))
+    if compared.grouped:
+        console.print()
+        console.print(_fitting(console, tables.group_rows(compared)))
+    for note in tables.notes(compared):
+        typer.echo(note)
+    typer.echo(write(compared, page))
 
 
 def _fitting(console: Any, rows: list[dict[str, str]]) -> Any:
-    """A row per run where that fits, otherwise a column per run."""
-    table = _table(rows)
-    if console.measure(table).maximum < console.width:
-        return table
-    return _table([{"": title, **{f"{k}": row[title] for k, row in enumerate(rows, 1)}} for title in rows[0]])
+    """A row per run where that fits, otherwise a column per run, otherwise several tables below each other."""
+    from rich.console import Group
+
+    across = [{"": title, **{f"{k}": row[title] for k, row in enumerate(rows, 1)}} for title in rows[0]]
+    for whole in (rows, across):
+        if _fits(console, whole):
+            return _table(whole)
+    name, *titles = rows[0]
+    parts = []
+    while titles:
+        counts = range(len(titles), 0, -1)
+        some = next((k for k in counts if _fits(console, _only(rows, [name, *titles[:k]]))), 1)
+        parts += [_table(_only(rows, [name, *titles[:some]])), ""]
+        titles = titles[some:]
+    return Group(*parts[:-1])
+
+
+def _only(rows: list[dict[str, str]], titles: list[str]) -> list[dict[str, str]]:
+    return [{title: row[title] for title in titles} for row in rows]
+
+
+def _fits(console: Any, rows: list[dict[str, str]]) -> bool:
+    return bool(console.measure(_table(rows)).maximum < console.width)
 
 
 def _table(rows: list[dict[str, str]], gap: int = 2) -> Any:
@@ -141,15 +162,23 @@ def _split_rows(facts: dict[str, Any], classes: list[str]) -> list[dict[str, str
 def list_components(kind: str = typer.Argument("all", metavar="[KIND]", hidden=True)) -> None:
     """List what a config can name: components and their keys.
 
-    KIND is one of datasets, splits, models, optimizers, strategies, engines; without it all are listed. After each key
-    stand its type, its range and its default.
+    KIND is one of keys, datasets, splits, models, optimizers, strategies, engines; without it all are listed. After
+    each key stand its type, its range and its default.
     """
     from fedsim.config import catalogue
     from fedsim.config.tables import KINDS
     from fedsim.errors import ConfigError
 
-    if kind != "all" and kind not in KINDS:
-        raise ConfigError(f"KIND: must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind not in ("all", "keys", *KINDS):
+        raise ConfigError(f"KIND: must be one of keys, {', '.join(KINDS)}, got {kind!r}")
+    if kind in ("all", "keys"):
+        typer.echo("keys  (of a config)")
+        for entry in catalogue.sections():
+            typer.echo(f"  {entry.name:<16} {entry.summary}")
+            _echo_keys(entry.keys)
+        typer.echo("")
+    if kind == "keys":
+        return
     for name in KINDS if kind == "all" else [kind]:
         typer.echo(f"{name}  ({KINDS[name].path})")
         for entry in catalogue.entries(name):

@@ -59,12 +59,16 @@ _STYLED = style.context(["default", _STYLE])  # a decorator: the same look whate
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart. ``number`` picks its colour and dashes; x ascends and has no gaps."""
+    """One line of a chart. ``number`` picks its colour and dashes; x ascends and has no gaps.
+
+    deviation: half the height of a band around the line, for each x; empty for no band.
+    """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     number: int = 0
+    deviation: Sequence[float] = ()
 
 
 # ---------------------------------------------------------------- curves
@@ -72,7 +76,7 @@ class Series:
 
 @_STYLED
 def curves(series: Sequence[Series], *, x: str, y: str, percent: bool = False, target: float | None = None) -> Figure:
-    """Lines over a common axis; ``target`` adds a dotted level line."""
+    """Lines over a common axis, with their bands; ``target`` adds a dotted level line."""
     fig, (axes,) = _figure()
     few = max(len(s.x) for s in series) <= 30 and len(series) <= 2
     for s in series:
@@ -84,6 +88,9 @@ def curves(series: Sequence[Series], *, x: str, y: str, percent: bool = False, t
             marker="o" if few else "",
             markersize=4,
         )
+        if s.deviation:
+            low, high = np.subtract(s.y, s.deviation), np.add(s.y, s.deviation)
+            axes.fill_between(s.x, low, high, color=SERIES[colour(s.number)], alpha=0.16)
     if target is not None:
         axes.axhline(target, color=MUTED, linestyle=(0, (2, 2)), linewidth=1.2)
     _label(axes, x=x, y=y, percent_y=percent)

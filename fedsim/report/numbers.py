@@ -63,3 +63,31 @@ def duration(seconds: float | None) -> str:
     parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
     first = next(i for i, (amount, _) in enumerate(parts) if amount)
     return " ".join(f"{amount} {unit}" for amount, unit in parts[first : first + 2])
+
+
+MAX_DECIMALS = 6
+
+
+def spread(mean: float, std: float, *, unit: float = 1, name: str = "", decimals: int = MAX_DECIMALS) -> str:
+    """Mean ± deviation: the deviation to two significant digits, the mean to the same decimal place.
+
+    Args:
+        mean: in what it was measured in.
+        std: likewise, >= 0.
+        unit: how much of that the shown unit is.
+        name: of the unit.
+        decimals: no more than these, however small the deviation.
+
+    >>> spread(1.0212, 0.1875), spread(0.7815, 0.1153, unit=0.01, name="%"), spread(1234, 123)
+    ('1.02 ± 0.19', '78 ± 12 %', '1,230 ± 120')
+    """
+    mean, std = mean / unit, std / unit
+    exponent = int(f"{std:.1e}".partition("e")[2])  # of the rounded deviation: that of 9.96 is 1
+    places = min(1 - exponent, decimals) if std > 0 else 2
+    told = " ± ".join(f"{round(value, places):,.{max(places, 0)}f}" for value in (mean, std))
+    return f"{told} {name}".rstrip()
+
+
+def time_unit(seconds: float) -> tuple[int, str]:
+    """The largest of hour, minute and second that fits: how many seconds it has, and its name."""
+    return next(((length, name) for length, name in ((3600, "h"), (60, "min")) if seconds >= length), (1, "s"))

@@ -86,6 +86,7 @@ def curve_chart(
     figure = figures.curves(scaled, x=label, y=y, percent=fraction, target=target)
     shown = percent if fraction else number
     told = "; ".join(f"{s.label} from {shown(s.y[0])} to {shown(s.y[-1])}" for s in series[:12])
+    told += "; bands of one standard deviation" if any(s.deviation for s in series) else ""
     legend = list(dict.fromkeys(Key(s.label, s.number) for s in series)) if len(series) > 1 else []
     legend += (
         [Key(f"target {percent(target, None) if fraction else number(target)}", kind="dash")]

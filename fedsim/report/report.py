@@ -16,6 +16,10 @@ from fedsim.report.numbers import ABSENT, duration, number, percent, size
 from fedsim.report.page import leaves, render
 from fedsim.report.results import Point, Results, results
 
+BASELINES = {
+    "centralised": "Baseline: all data in one place.",
+    "alone": "Baseline: every client on its own; loss and accuracy are means over the clients' own models.",
+}
 _KEY = re.compile(r"^( *(?:- )*)([^\s:#'&\"-][^:\n]*)(?=:(?: |$))", re.MULTILINE)
 
 
@@ -51,11 +55,12 @@ def page(run: runs.RunFolder) -> bytes:
         title=found.name,
         folder=run.path.resolve().name,
         found=found,
+        baseline=BASELINES.get(found.kind, ""),
         about=_about(config),
         tiles=_tiles(found, facts, config),
         sections=[
             sections.learning(found),
-            sections.clients(evaluations),
+            sections.clients(evaluations, found.kind),
             sections.split(facts, evaluations),
             sections.rounds(found),
         ],
@@ -81,7 +86,7 @@ def _tiles(found: Results, facts: Mapping[str, Any], config: Mapping[str, Any]) 
     before = "" if first.accuracy is None else f"from {percent(first.accuracy)}"
     planned = f"of {number(found.planned)} planned" if found.planned else ""
     clients = facts.get("num_clients") or (config.get("data") or {}).get("clients")
-    cohort = (config.get("train") or {}).get("clients_per_round")
+    cohort = (config.get("train") or {}).get("clients_per_round") if found.kind == "federated" else None
     tiles = [
         Tile("Final accuracy", percent(final.accuracy), before, final.accuracy),
         Tile("Best accuracy", percent(best.accuracy), _after(best), best.accuracy),

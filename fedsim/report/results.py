@@ -4,9 +4,10 @@ The numbers follow from the rounds, by the same function that writes summary.jso
 killed, the summary in the folder is older than the rounds. From the summary come the facts that rounds do not hold.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from statistics import fmean, stdev
 from typing import Any
 
 from fedsim.records import RoundRecord
@@ -27,11 +28,13 @@ class Point:
 class Results:
     """Headline numbers of one run, with its rounds.
 
-    planned: rounds the config asks for. rounds_to_target: None without a target, or if it was not reached.
+    kind: federated, or one of the two baselines: centralised, alone. planned: rounds the config asks for.
+    rounds_to_target: None without a target, or if it was not reached.
     bytes_up, bytes_down, seconds: all rounds together. error: why the run failed.
     """
 
     name: str
+    kind: str
     status: str
     planned: int
     rounds: tuple[RoundRecord, ...]
@@ -44,6 +47,11 @@ class Results:
     bytes_down: int
     seconds: float
     error: str | None
+
+    @property
+    def standing(self) -> str:
+        """The status as far as a folder can tell: one that is killed leaves the same as one that goes on."""
+        return "running or killed" if self.status == "running" else self.status
 
     @property
     def traffic(self) -> int:
@@ -69,6 +77,7 @@ def results(run: RunFolder) -> Results:
     found = summarize(rounds, initial, planned=train.get("rounds") or 0, target=target)
     return Results(
         name=str(config.get("name") or run.path.name),
+        kind=str(summary.get("kind") or "federated"),  # older folders do not say
         status=str(summary.get("status") or "running"),
         planned=found["rounds"],
         rounds=tuple(rounds),
@@ -99,10 +108,34 @@ def curve(found: Results, field: str, against: str) -> tuple[list[float], list[f
     Returns:
         x and y, of equal length, x ascending.
     """
-    traffic = accumulate(r.bytes_up + r.bytes_down for r in found.rounds)
-    xs: Iterable[float] = (r.round for r in found.rounds) if against == "round" else traffic
-    measured = [(float(x), getattr(r, field)) for x, r in zip(xs, found.rounds, strict=True)]
+    measured = [(float(r.round), getattr(r, field)) for r in found.rounds]
     if field in ("loss", "accuracy") and found.rounds and found.rounds[0].round > 0:
         measured.insert(0, (0.0, getattr(found.initial, field)))
     pairs = [(x, float(y)) for x, y in measured if y is not None]
-    return [x for x, _ in pairs], [y for _, y in pairs]
+    sent = _traffic(found) if against == "bytes" else {}
+    return [sent.get(x, x) for x, _ in pairs], [y for _, y in pairs]
+
+
+def _traffic(found: Results) -> dict[float, float]:
+    """Bytes sent in both directions up to and including each round, from round 0."""
+    total = accumulate(r.bytes_up + r.bytes_down for r in found.rounds)
+    return {0.0: 0.0} | {float(r.round): float(sent) for r, sent in zip(found.rounds, total, strict=True)}
+
+
+def mean_curve(several: Sequence[Results], field: str, against: str) -> tuple[list[float], list[float], list[float]]:
+    """The mean over runs, and its spread, at the rounds at which all of them were measured.
+
+    Args:
+        several: at least two runs.
+        field: as for :func:`curve`.
+        against: as for :func:`curve`; for "bytes", x is the mean over the runs of what each had sent by that round.
+
+    Returns:
+        x, mean and sample standard deviation (divisor n - 1), of equal length, x ascending.
+    """
+    curves = [dict(zip(*curve(found, field, "round"), strict=True)) for found in several]
+    rounds = [x for x in curves[0] if all(x in own for own in curves)]
+    values = [[own[x] for own in curves] for x in rounds]
+    sent = [_traffic(found) for found in several]
+    xs = [fmean(own[x] for own in sent) for x in rounds] if against == "bytes" else rounds
+    return xs, [fmean(v) for v in values], [stdev(v) for v in values]

@@ -45,6 +45,8 @@ def learning(found: Results) -> Section:
         charts.append(curve_chart("Privacy spent by round", [spent], x="round", y="epsilon"))
     skipped = sum(len(r.skipped) for r in found.rounds)
     lead = "Loss and accuracy are those of the global model on held-out examples."
+    if found.kind == "alone":
+        lead = "Loss and accuracy are means over the clients' own models, each on the held-out examples of all."
     if skipped:
         lead += f" Updates left out because they were not finite: {skipped}."
     return Section(title, lead, tuple(charts))
@@ -73,7 +75,7 @@ def _loss_by_traffic(found: Results) -> Chart:
 # ---------------------------------------------------------------- clients
 
 
-def clients(evaluations: Sequence[ClientEvaluation]) -> Section:
+def clients(evaluations: Sequence[ClientEvaluation], kind: str = "federated") -> Section:
     """How accuracy is spread over clients, by round and at the end."""
     title = "Clients"
     scored = [e for e in evaluations if e.accuracy is not None]  # NaN comes back from JSON as None
@@ -82,8 +84,11 @@ def clients(evaluations: Sequence[ClientEvaluation]) -> Section:
     rounds = np.array([e.round for e in scored])
     accuracy = np.array([e.accuracy for e in scored], float)
     last = accuracy[rounds == rounds.max()]
+    model = "Each client's own model on its own held-out examples"
+    if kind != "alone":
+        model = "The global model on the held-out examples of each client"
     lead = (
-        f"The global model on the held-out examples of each client. After round {rounds.max()}: {len(last)} clients, "
+        f"{model}. After round {rounds.max()}: {len(last)} clients, "
         f"lowest {percent(last.min())}, median {percent(float(np.median(last)))}, highest {percent(last.max())}."
     )
     if rounds.min() == rounds.max():

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from fedsim.cli import looking
 from fedsim.config.tables import KINDS
 
 
@@ -72,3 +73,39 @@ def test_looking_may_be_cut_short_by_its_reader(process):
     looking.stdout.close()
     assert looking.stderr.read() == ""
     assert looking.wait(timeout=30) == 0
+
+
+@pytest.fixture
+def three(fedsim, folder):
+    """Runs of one round with seeds 1, 2 and 1 again."""
+    for seed in (1, 2, 1):
+        fedsim("run", "config.yaml", "train.rounds=1", f"seed={seed}")
+    return sorted((folder / "runs").iterdir())
+
+
+def test_compare_says_how_seeds_are_averaged_and_warns_of_repeated_ones(fedsim, three):
+    result = fedsim("compare", *three)
+    assert (result.code, result.err) == (0, "")
+    assert "standard deviation over n finished runs (divisor n - 1)" in result.out
+    assert sum("same seed" in line and "too small" in line for line in result.out.splitlines()) == 1
+    assert "same seed" not in fedsim("compare", *three[:2]).out
+
+
+def test_compare_counts_a_folder_once(fedsim, three):
+    once, twice = (fedsim("compare", *given).out for given in ([three[0]], [three[0], f"{three[0]}/"]))
+    assert once == twice
+    assert "±" not in once
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_comparison_wider_than_the_terminal_is_cut_between_columns(width):
+    from rich.console import Console
+
+    rows = [{"run": f"run-{k}", **{f"a setting {i}": f"value {k}.{i}" for i in range(9)}} for k in range(12)]
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(looking._fitting(console, rows))
+    text = captured.get()
+    assert all(value in text for row in rows for value in row.values())
+    assert text.count("run-11") > 1
+    assert max(map(len, text.splitlines())) <= width

@@ -189,6 +189,19 @@ def whole(make: Maker) -> Path:
     return make(made=made, with_summary=summary(made), with_split=split())
 
 
+@pytest.fixture
+def sweep(make: Maker) -> list[runs.RunFolder]:
+    """Two splits with three seeds each, and one run of another strategy that is still going on."""
+    folders = []
+    for alpha in (0.1, 1.0):
+        for seed in (1, 2, 3):
+            made = make.records(12, seed=seed, top=0.8 + 0.1 * alpha)
+            conf = make.config(f"a{alpha}-{seed}", seed=seed, data__split={"name": "dirichlet", "alpha": alpha})
+            folders.append(make(conf=conf, made=made, with_summary=make.summary(made)))
+    folders.append(make(conf=make.config(strategy={"name": "fedprox", "mu": 0.01}), made=make.records(5)))
+    return [runs.open_run(folder) for folder in folders]
+
+
 class Page(HTMLParser):
     """Tags with attributes, tile values by label, and all text."""
 

@@ -14,6 +14,7 @@ import pytest
 
 from fedsim import runs
 from fedsim.report import compare, report
+from fedsim.report.groups import compare as compare_runs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -133,7 +134,7 @@ def pages(whole: Path, make: Any, tmp_path: Path) -> dict[str, Path]:
     return {
         "whole": report.write(whole),
         "wide": report.write(wide),
-        "compared": compare.write(folders, tmp_path / "compare.html"),
+        "compared": compare.write(compare_runs(folders), tmp_path / "compare.html"),
     }
 
 
@@ -165,6 +166,13 @@ def test_pages_are_quiet_ask_for_nothing_and_fit_every_window(browser: Browser, 
                 assert browser.evaluate("document.documentElement.scrollWidth") <= width, (name, width, scheme)
                 grounds.add((scheme, browser.evaluate("getComputedStyle(document.body).backgroundColor")))
     assert len(grounds) == 2
+
+
+def test_accuracy_is_in_view_on_a_phone(browser: Browser, pages: dict[str, Path]):
+    browser.open(pages["compared"], width=390, height=844, scheme="light")
+    cells = "[...document.querySelectorAll('.grid tr > :nth-child(2)')]"
+    assert browser.evaluate(f"{cells}[0].textContent") == "accuracy"
+    assert browser.evaluate(f"Math.max(...{cells}.map(c => c.getBoundingClientRect().right))") <= 390
 
 
 def test_chart_text_stands_out_from_its_card_in_both_schemes(browser: Browser, pages: dict[str, Path]):

@@ -69,6 +69,12 @@ def test_curves_hold_the_points_they_were_given_and_the_target_level():
     assert target.get_ydata() == [0.6, 0.6]
 
 
+def test_a_band_reaches_one_deviation_above_and_below_its_line():
+    with_band, without = Series("a", [0, 2], [0.5, 0.75], deviation=[0.0, 0.125]), Series("b", [0, 2], [0, 1])
+    (band,) = figures.curves([with_band, without], x="round", y="accuracy").axes[0].collections
+    assert {(x, y) for x, y in band.get_paths()[0].vertices.tolist()} == {(0, 0.5), (2, 0.625), (2, 0.875)}
+
+
 def test_no_two_of_the_first_eighteen_series_look_alike():
     looks = {(figures.colour(i), figures.dash(i)) for i in range(18)}
     assert len(looks) == 18

@@ -56,7 +56,7 @@ def test_the_badge_says_how_the_run_stands(make, status, read):
     badge = next(attributes["class"] for _, attributes in page.tags if "badge" in (attributes.get("class") or ""))
     assert badge == f"badge {'other' if status == HOSTILE else status}"
     assert status in page.text
-    assert ("had not ended" in page.text) == (status == "running")
+    assert ("had not ended" in page.text) == ("running or killed" in page.text) == (status == "running")
 
 
 def test_hostile_strings_are_text_wherever_they_come_from(make, self_contained, parse):
@@ -123,3 +123,21 @@ def test_a_half_written_last_line_is_passed_over(make, read):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(DataError, match="nowhere: no such run folder"):
         report.write(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("centralised", "Baseline: all data in one place."),
+        ("alone", "Baseline: every client on its own; loss and accuracy are means over the clients' own models."),
+        ("federated", ""),
+    ],
+)
+def test_a_baseline_says_what_it_is(make, read, kind, sentence):
+    made = make.records(3)
+    text = read(make(made=made, with_summary=make.summary(made, kind=kind))).text
+    assert ("Baseline" in text) == bool(sentence)
+    assert sentence in text
+    assert ("10 in a round" in text) == (kind == "federated")
+    assert ("global model" in text) == (kind != "alone")
+    assert ("Each client's own model on its own held-out examples." in text) == (kind == "alone")

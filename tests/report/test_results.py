@@ -1,7 +1,9 @@
 import dataclasses
 
+import numpy as np
+
 from fedsim import runs
-from fedsim.report.results import curve, results
+from fedsim.report.results import curve, mean_curve, results
 
 
 def test_results_of_a_finished_run_are_those_of_its_summary(whole):
@@ -51,3 +53,34 @@ def test_loss_begins_before_training_but_training_loss_does_not(whole):
 def test_epsilon_is_the_last_one_stated(make):
     made = [dataclasses.replace(r, epsilon=r.round / 10 if r.round < 4 else None) for r in make.records(5)]
     assert results(runs.open_run(make(made=made))).epsilon == 0.3
+
+
+def test_the_mean_curve_is_over_the_rounds_that_all_runs_have_at_their_mean_traffic(make):
+    lengths, accuracy = (5, 4, 6), np.full((3, 7), np.nan)
+    bytes_sent = np.zeros((3, 7))
+    several = []
+    for i, length in enumerate(lengths):
+        made = [dataclasses.replace(r, bytes_up=100 * (i + 1) * r.round) for r in make.records(length, seed=i)]
+        made[2] = dataclasses.replace(made[2], accuracy=None if i == 1 else made[2].accuracy)
+        several.append(results(runs.open_run(make(made=made, with_summary=make.summary(made)))))
+        accuracy[i, 0] = 0.097
+        for r in made:
+            accuracy[i, r.round] = np.nan if r.accuracy is None else r.accuracy
+            bytes_sent[i, r.round] = bytes_sent[i, r.round - 1] + r.bytes_up + r.bytes_down
+    rounds = [0, 1, 2, 4]  # one run lacks the accuracy of round 3 and ends at 4
+    for against, xs in (("round", rounds), ("bytes", bytes_sent.mean(0)[rounds])):
+        x, mean, deviation = mean_curve(several, "accuracy", against)
+        np.testing.assert_allclose(x, xs)
+        np.testing.assert_allclose(mean, accuracy.mean(0)[rounds])
+        np.testing.assert_allclose(deviation, accuracy.std(0, ddof=1)[rounds], atol=1e-12)
+
+
+def test_runs_without_a_common_round_have_no_mean_curve(make):
+    several = [results(runs.open_run(make(made=[]))), results(runs.open_run(make()))]
+    assert mean_curve(several, "loss", "bytes") == ([], [], [])
+
+
+def test_a_run_that_did_not_end_may_have_been_killed(make, whole):
+    assert results(runs.open_run(make(made=[]))).standing == "running or killed"
+    assert results(runs.open_run(whole)).standing == "finished"
+    assert results(runs.open_run(whole)).kind == "federated"
