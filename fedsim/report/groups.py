@@ -44,7 +44,7 @@ class Group:
     """Runs that differ only in ``seed``. The statistics are over ``finished``; None if there is none.
 
     label: the group in a legend, no two alike. settings: the keys by which the groups differ, as text.
-    seeds: of all its runs, in order; the same twice means runs that are not independent.
+    seeds: of all its runs, in order.
     rounds_to_target: over the runs that reached it, so its n may be less than that of the others.
     """
 

@@ -98,7 +98,8 @@ def notes(comparison: Comparison) -> list[str]:
     told = ["Runs that differ only in their seed, as mean ± standard deviation over n finished runs (divisor n - 1)."]
     if unfinished := sum(run.results.status != "finished" for run in comparison.runs):
         told.append(f"Unfinished runs are left out: {unfinished} of {len(comparison.runs)}.")
-    if any(len(set(group.seeds)) < len(group.seeds) for group in comparison.groups):
+    averaged = [(run.group, run.settings.get("seed")) for run in comparison.runs if run.results.status == "finished"]
+    if len(set(averaged)) < len(averaged):
         told.append(
             "Warning: some runs of a group have the same seed; they are not independent, "
             "and the deviation is too small."

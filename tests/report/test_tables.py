@@ -69,6 +69,8 @@ def test_the_notes_state_the_divisor_and_what_is_left_out_or_repeated(sweep, mak
     twice = [runs.open_run(make(made=made, with_summary=make.summary(made))) for _ in range(2)]
     assert "same seed" in tables.notes(compare(twice))[-1]
     assert tables.notes(compare(twice[:1])) == []
+    killed = runs.open_run(make(made=made, with_summary=make.summary(made, "running")))  # and then started again
+    assert "same seed" not in " ".join(tables.notes(compare([twice[0], killed])))
 
 
 def test_a_finished_run_without_accuracy_is_told_beside_the_mean(make):
