@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ import numpy as np
 from fedsim import runs
 from fedsim.data import heterogeneity
 from fedsim.data.federated import FederatedData
-from fedsim.errors import FedsimError, RunError
+from fedsim.errors import FedsimError
 from fedsim.federation import RoundResult
 from fedsim.records import ClientEvaluation, RoundRecord, ServerState
 from fedsim.summary import Metrics, Status, summarize
@@ -58,35 +58,34 @@ class Recording:
         self.rounds = reader.rounds()
 
     def __enter__(self) -> "Recording":
-        with _writing(self.folder):
+        with runs.writing(self.folder):
             self._write("running")
         return self
 
     def save(self, state: ServerState) -> None:
         """Write a checkpoint."""
-        with _writing(self.folder):
+        with runs.writing(self.folder):
             runs.save_checkpoint(self.folder, state)
 
     def take(self, result: RoundResult) -> None:
         """Write one round: its lines first, then the checkpoint that makes them count."""
         record = result.record
-        with _writing(self.folder):
-            if record.round == 0:
+        with runs.writing(self.folder):
+            if record.round == 0:  # its state was saved before it was evaluated
                 self.initial = Metrics(0, record.loss, record.accuracy)
                 self._write("running")
-            else:
-                runs.append_round(self.folder, record, result.evaluations)
-                self.rounds.append(record)
+                return
+            runs.append_round(self.folder, record, result.evaluations)
+            self.rounds.append(record)
             runs.save_checkpoint(self.folder, result.state)
-        if record.round > 0:
-            self.on_round(record)
+        self.on_round(record)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Say how it ended."""
         if error is None:
-            with _writing(self.folder):
+            with runs.writing(self.folder):
                 self._finish()
             return
         with contextlib.suppress(OSError):  # the disk is full, most likely; the last checkpoint stands
@@ -104,15 +103,6 @@ class Recording:
     def _write(self, status: Status, error: str | None = None) -> None:
         content = _summary(self.facts, self.rounds, self.initial, status, error)
         runs.write_json(self.folder / "summary.json", content)
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """A folder that cannot be written to any more is a RunError; an OSError of an engine or a hook is not this one."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
 def _summary(
@@ -144,7 +134,7 @@ def record_rounds(
 ) -> None:
     """Write rounds that are all there already, the final model if there is one, and a summary; no checkpoint."""
     records = []
-    with _writing(folder):
+    with runs.writing(folder):
         for record, evaluations in lines:
             runs.append_round(folder, record, evaluations)
             records.append(record)

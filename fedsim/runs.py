@@ -130,6 +130,15 @@ def _digest(data: bytes) -> str:
 
 
 @contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """A folder that cannot be written to any more is a RunError. For writes only: others have OSErrors of their own."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep every other process from writing this run while this one does. A lock dies with its process.
 
@@ -137,13 +146,12 @@ def locked(folder: Path) -> Iterator[None]:
         RunError: another process holds it.
     """
     lock = filelock.FileLock(folder / "checkpoint" / ".lock")
-    try:
+    with writing(folder):
         (folder / "checkpoint").mkdir(exist_ok=True)
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise RunError(f"{folder}: another process is writing this run") from error
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from error
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise RunError(f"{folder}: another process is writing this run") from error
     try:
         yield
     finally:

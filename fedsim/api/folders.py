@@ -16,7 +16,7 @@ from fedsim.config.foreign import sources
 from fedsim.config.schema import Config
 from fedsim.config.tables import KINDS
 from fedsim.engines.engine import Engine
-from fedsim.errors import DataError, RunError
+from fedsim.errors import DataError
 from fedsim.federation import Federation, start
 from fedsim.params import check_alike, num_entries
 from fedsim.recording import SPLIT_DETAIL_CLIENTS, Facts, Kind, fingerprint, split_facts
@@ -26,13 +26,11 @@ from fedsim.records import Params
 def new_folder(config: Config, federation: Federation, engine: Engine, beside: Path) -> Path:
     """A run folder with what is known before the first round; ``beside`` is where a resume finds foreign modules."""
     folder = runs.create(Path(config.output).expanduser(), config.name)
-    try:
+    with runs.writing(folder):
         runs.write_config(folder, config_files.resolved(config))
         code = {"config_folder": str(beside.resolve()), "code": _code(config)}
         runs.write_json(folder / "environment.json", {**environment.describe(engine.describe()), **code})
         runs.write_json(folder / "split.json", split_facts(federation.data, SPLIT_DETAIL_CLIENTS))
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return folder
 
 
