@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -41,23 +42,34 @@ def _mix_int(z: int, constants: _Constants) -> int:
     return z ^ (z >> s3)
 
 
-def _mix_tensor(z: Tensor, constants: _Constants) -> Tensor:
+def _mix_(z: Tensor, constants: _Constants, *, last: bool = True) -> Tensor:
+    """Mix ``z`` in place; pass a fresh tensor. The last step leaves the top bits, as many as its shift, as they are."""
     (s1, m1), (s2, m2), s3 = constants
-    z = (z ^ _shift(z, s1)) * _signed(m1)
-    z = (z ^ _shift(z, s2)) * _signed(m2)
-    return z ^ _shift(z, s3)
+    z.bitwise_xor_(_shift(z, s1)).mul_(_signed(m1))
+    z.bitwise_xor_(_shift(z, s2)).mul_(_signed(m2))
+    return z.bitwise_xor_(_shift(z, s3)) if last else z
 
 
 def _shift(z: Tensor, by: int) -> Tensor:
     """Logical right shift; torch's ``>>`` on int64 copies the sign bit."""
-    return (z >> by) & ((1 << (64 - by)) - 1)
+    return (z >> by).bitwise_and_((1 << (64 - by)) - 1)
+
+
+def _draws(key: Tensor | int, n: int, *, last: bool = True) -> Tensor:
+    """The first ``n`` draws, along the axis against which ``key`` broadcasts; with or without the mix's last step."""
+    key = as_tensor(key) if isinstance(key, int) else key
+    counter = torch.arange(1, n + 1, dtype=torch.int64, device=key.device)
+    return _mix_(torch.add(key, counter, alpha=_signed(_GOLDEN)), _SPLITMIX, last=last)
 
 
 def _word(part: int | str) -> int:
     """64 bits for one element of a path."""
-    if isinstance(part, str):
-        return int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "little")
-    return int(part) & _MASK
+    return _named(part) if isinstance(part, str) else int(part) & _MASK
+
+
+@lru_cache(maxsize=1024)
+def _named(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def fold(key: int, *path: int | str) -> int:
@@ -81,19 +93,18 @@ def fold(key: int, *path: int | str) -> int:
 
 
 def fold_tensor(key: Tensor, part: int | str | Tensor) -> Tensor:
-    """One step of :func:`fold` in tensor arithmetic.
+    """One step of :func:`fold` in tensor arithmetic: for the keys of many clients at once.
 
     Args:
         key: int64 tensor, any shape.
-        part: a name, an integer, or an int64 tensor that broadcasts against ``key``.
+        part: a name, an integer, or an int64 tensor that broadcasts against ``key``, on its device.
 
     Returns:
         Int64 tensor of the broadcast shape, bit-equal to ``fold`` of each pair.
     """
     if isinstance(part, Tensor):
-        folded = _mix_tensor(part + _signed(_GOLDEN), _MURMUR)
-        return _mix_tensor(key ^ folded, _MURMUR)
-    return _mix_tensor(key ^ _signed(_mix_int((_word(part) + _GOLDEN) & _MASK, _MURMUR)), _MURMUR)
+        return _mix_(key ^ _mix_(part + _signed(_GOLDEN), _MURMUR), _MURMUR)
+    return _mix_(key ^ _signed(_mix_int((_word(part) + _GOLDEN) & _MASK, _MURMUR)), _MURMUR)
 
 
 def as_tensor(key: int, device: torch.device | str = "cpu") -> Tensor:
@@ -111,9 +122,7 @@ def bits(key: Tensor | int, *shape: int) -> Tensor:
     Returns:
         Int64 tensor of ``shape``, uniform over all 2^64 values.
     """
-    key = as_tensor(key) if isinstance(key, int) else key
-    counter = torch.arange(1, math.prod(shape) + 1, dtype=torch.int64, device=key.device)
-    return _mix_tensor(key + counter * _signed(_GOLDEN), _SPLITMIX).reshape(shape)
+    return _draws(key, math.prod(shape)).reshape(shape)
 
 
 def uniform(key: Tensor | int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -133,7 +142,8 @@ def uniform(key: Tensor | int, *shape: int, dtype: torch.dtype = torch.float32) 
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be float32 or float64, got {dtype}")
     kept = 24 if dtype == torch.float32 else 53
-    return _shift(bits(key, *shape), 64 - kept).to(dtype) * 2.0**-kept
+    draws = _draws(key, math.prod(shape), last=kept > _SPLITMIX[2])
+    return _shift(draws, 64 - kept).to(dtype).mul_(2.0**-kept).reshape(shape)
 
 
 def bernoulli(key: Tensor | int, p: float | Tensor, *shape: int) -> Tensor:
@@ -165,6 +175,32 @@ def normal(key: Tensor | int, *shape: int, dtype: torch.dtype = torch.float32) -
 def permutation(key: Tensor | int, n: int) -> Tensor:
     """A uniform random order of ``range(n)``: int64 tensor (n,). Sorts 64-bit draws; ties have odds n^2 / 2^65."""
     return torch.argsort(bits(key, n), stable=True)
+
+
+def permutations(keys: Tensor, sizes: Tensor) -> Tensor:
+    """One :func:`permutation` per key, each of its own length, sorted together.
+
+    Args:
+        keys: int64 (c,), c >= 1.
+        sizes: int64 (c,), each >= 1, on the device of ``keys``.
+
+    Returns:
+        Int64 (c, sizes.max()). The first ``sizes[i]`` entries of row i are ``permutation(keys[i], sizes[i])``; the
+        others are 0, which is a valid index.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    shortest, longest = (int(end) for end in torch.aminmax(sizes))
+    if shortest < 1:
+        raise ValueError(f"sizes must be >= 1, got {shortest}")
+    draws = _draws(keys[:, None], longest)
+    if shortest == longest:
+        return torch.argsort(draws, stable=True)
+    absent = torch.arange(longest, device=keys.device) >= sizes[:, None]
+    # A real draw can equal the filling. It stands before it, and a stable sort keeps it there.
+    order = torch.argsort(draws.masked_fill_(absent, torch.iinfo(torch.int64).max), stable=True)
+    return order.masked_fill_(absent, 0)
 
 
 def choice(key: Tensor | int, n: int, k: int) -> Tensor:
