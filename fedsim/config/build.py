@@ -26,6 +26,7 @@ from fedsim.data.partition_files import from_lists
 from fedsim.engines.engine import Engine
 from fedsim.errors import ConfigError, DataError, FedsimError
 from fedsim.federation import Federation
+from fedsim.models.drawing import Draws
 from fedsim.models.layers.dropouts import replace_dropout
 from fedsim.models.layers.keyed import key_names
 from fedsim.models.zoo import check_model, check_single
@@ -33,6 +34,7 @@ from fedsim.records import Dataset, Indices, Partition
 from fedsim.strategies.strategy import Strategy
 from fedsim.training.client import LocalWork
 from fedsim.training.optimizers import Optimizer
+from fedsim.training.schedules import Schedule
 
 T = TypeVar("T")
 Progress: TypeAlias = download.Progress
@@ -124,22 +126,27 @@ def partition(config: Config, loaded: Dataset) -> Partition:
     return found
 
 
-def model(config: Config, shape: ModelShape, example: Tensor | None = None) -> nn.Module:
+def model(config: Config, shape: ModelShape) -> nn.Module:
     """Build the model; its parameters are drawn from the run's key, not from torch's global generator.
 
-    torch's own dropout layers are replaced by keyed ones. With an example input the model is tried on it.
+    torch's own dropout layers are replaced by keyed ones.
 
     Raises:
-        ConfigError: it cannot be built, or not be trained here.
+        ConfigError: it cannot be built.
     """
+    return _model(config, shape, None)[0]
+
+
+def _model(config: Config, shape: ModelShape, example: Tensor | None) -> tuple[nn.Module, Draws]:
+    """Build the model, and try it on an example input if there is one; what it draws is known only then."""
     with rng.torch_seeded(rng.fold(config.seed, "model")):
         made = make(config, "models", input_shape=shape.input_shape, num_classes=shape.num_classes)
     found = _of_type(nn.Module, made, "model", config.model, "a torch.nn.Module")
     with _blamed_on("model", config.model):
-        replace_dropout(found)
+        keyed, seeded = replace_dropout(found), ""
         if example is not None:
-            check_model(found, shape.input_shape, shape.num_classes, example, name=config.model.name)
-    return found
+            seeded = check_model(found, shape.input_shape, shape.num_classes, example, name=config.model.name)
+    return found, Draws(keyed, seeded)
 
 
 def _data_seed(config: Config) -> int:
@@ -164,14 +171,14 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
         ConfigError: something in the config cannot be built.
         DataError: the data is missing, damaged or does not fit the config.
     """
-    strategy, optimizer, engine = _without_data(config)
+    strategy, optimizer, schedule, engine = _without_data(config)
     data = federated_data(config, progress)
     train = config.train
     cohort = data.num_clients if train.clients_per_round == "all" else train.clients_per_round
     if cohort > data.num_clients:
         rule = f"must be <= the number of clients of the split ({data.num_clients})"
         raise ConfigError(f"train.clients_per_round: {rule}, got {cohort}")
-    built = model(config, shape_of(data), data.train.inputs[0])
+    built, draws = _model(config, shape_of(data), data.train.inputs[0])
     _check_last_batches(config, data, built)
     work = LocalWork(
         model=built,
@@ -180,6 +187,8 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
         rule=strategy.local,
         local_epochs=train.local_epochs,
         batch_size=None if train.batch_size == "all" else train.batch_size,
+        schedule=schedule,
+        seeded=bool(draws.seeded),
     )
     made = Federation(
         seed=config.seed,
@@ -191,6 +200,7 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
         sampling=train.sampling,
         eval_every=train.eval_every,
         on_nan=train.on_nan,
+        draws=draws,
     )
     return made, engine
 
@@ -229,11 +239,14 @@ def _remedy(config: Config, sizes: Indices) -> str:
     return f"{next((size for size in larger if not _leaves_one(sizes, size).any()), 'all')} would leave none"
 
 
-def _without_data(config: Config) -> tuple[Strategy, Optimizer, Engine]:
+def _without_data(config: Config) -> tuple[Strategy, Optimizer, Schedule, Engine]:
     """What can be made, and refused, before any data is loaded."""
     strategy = _of_type(Strategy, make(config, "strategies"), "strategy", config.strategy)
     optimizer = _of_type(Optimizer, make(config, "optimizers"), "train.optimizer", config.train.optimizer)
+    schedule: Schedule = make(config, "schedules", rounds=config.train.rounds)
+    if not callable(schedule):
+        raise _wrong(schedule, "train.schedule", config.train.schedule, "a function of the round")
     engine = make(config, "engines")
     if not all(callable(getattr(engine, method, None)) for method in ("drive", "describe")):
         raise _wrong(engine, "engine", config.engine, "an Engine, with drive and describe")
-    return strategy, optimizer, engine
+    return strategy, optimizer, schedule, engine

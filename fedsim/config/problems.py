@@ -42,20 +42,23 @@ _RULES = {
 
 
 def lines(raw: Any, error: ValidationError, above: str = "") -> Iterator[str]:
-    """One line per problem.
+    """One line per problem; what the members of a union say of one value is one problem.
 
     Args:
         raw: what was validated.
         error: what pydantic found.
         above: dotted key under which ``raw`` stands in the config.
     """
+    prefix = above.split(".") if above else []
+    found: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
-        yield _line(raw, detail, above.split(".") if above else [])
+        found.setdefault((*prefix, *_path(raw, detail, named=bool(prefix))), []).append(detail)
+    for parts, details in found.items():
+        yield _line(raw, list(parts), details, prefix)
 
 
-def _line(raw: Any, detail: ErrorDetails, above: list[str]) -> str:
-    kind, value = detail["type"], detail["input"]
-    parts = above + _path(raw, detail, named=bool(above))
+def _line(raw: Any, parts: list[str], details: list[ErrorDetails], above: list[str]) -> str:
+    kind, value = details[0]["type"], details[0]["input"]
     dotted = ".".join(parts)
     if kind == "missing":
         return f"{dotted}: needed, but not given"
@@ -65,7 +68,8 @@ def _line(raw: Any, detail: ErrorDetails, above: list[str]) -> str:
         return f"{dotted}: unknown key{_instead(raw, parts, above)}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return _unknown_name(dotted, value)
-    return f"{dotted}: {_rule(detail)}, got {as_yaml(value)}"
+    rules = " or ".join(map(_rule, details)).replace(" or must be ", " or ")
+    return f"{dotted}: {rules}, got {as_yaml(value)}"
 
 
 def _rule(detail: ErrorDetails) -> str:

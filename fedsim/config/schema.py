@@ -79,6 +79,7 @@ class Train(Section):
     local_epochs: Annotated[int, Field(ge=1)] = 1
     batch_size: Annotated[CountOrAll, Field(description="all: one step per epoch")] = 16
     optimizer: Annotated[Component, Slot("optimizers")] = Field(default="sgd", validate_default=True)
+    schedule: Annotated[Component, Slot("schedules")] = Field(default="constant", validate_default=True)
     eval_every: Annotated[int, Field(ge=1)] = 1
     target_accuracy: Annotated[
         float | None,
@@ -99,7 +100,7 @@ class Config(Section):
     pruning: None = None
     transforms: Annotated[list[Any], Field(max_length=0, description="none in this version")] = []
     transfer: None = None
-    engine: Annotated[Component, Slot("engines")] = Field(default="reference", validate_default=True)
+    engine: Annotated[Component, Slot("engines")] = Field(default="local", validate_default=True)
     output: Annotated[Folder, Field(description="folder of the run folders")] = "runs"
 
 

@@ -10,6 +10,7 @@ from fedsim.engines.table import ENGINES
 from fedsim.models.zoo import MODELS
 from fedsim.strategies.strategy import STRATEGIES
 from fedsim.training.optimizers import OPTIMIZERS
+from fedsim.training.schedules import SCHEDULES
 
 Factory = Callable[..., Any]
 
@@ -32,6 +33,7 @@ KINDS: dict[str, Kind] = {
     "splits": Kind("data.split", SPLITS, frozenset({"labels", "num_clients", "key", "columns"})),
     "models": Kind("model", MODELS, frozenset({"input_shape", "num_classes"})),
     "optimizers": Kind("train.optimizer", OPTIMIZERS),
+    "schedules": Kind("train.schedule", SCHEDULES, frozenset({"rounds"})),
     "strategies": Kind("strategy", STRATEGIES),
     "engines": Kind("engine", ENGINES),
 }

@@ -8,6 +8,7 @@ A module draws its first weights from torch's generator while it is built: build
 import copy
 from collections import Counter
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,16 +29,18 @@ from fedsim.records import Params
 
 def check_model(
     model: nn.Module, input_shape: tuple[int, ...], num_classes: int, example_input: Tensor, *, name: str
-) -> None:
+) -> str:
     """Refuse a model that cannot be trained here. ``model`` itself is not changed.
 
-    It runs on two copies of the example, in evaluation mode and in training mode, and may draw nothing from torch's
-    global generator. The logits need the right shape and finite values. No keyed layer may be called more than once
-    in one pass, since its second draws would equal its first.
+    It runs on two copies of the example, in evaluation mode and in training mode, and may draw from torch's global
+    generator in training only, where a client's training can be seeded (``LocalWork.seeded``). The logits need the
+    right shape and finite values. No keyed layer may be called more than once in one pass, since its second draws
+    would equal its first.
 
     All clients train in one module, so nothing may pass from one call to the next but through persistent buffers,
-    which are handed in and out: called twice with the same parameters, buffers and keys, the model must return the
-    same bits, and a buffer must be updated in place. What two calls do not show is not found.
+    which are handed in and out: called twice with the same parameters, buffers, keys and seed of torch's generator,
+    the model must return the same bits and draw as much, and a buffer must be updated in place. What two calls do
+    not show is not found.
 
     Args:
         model: built, perhaps after ``replace_dropout``.
@@ -46,15 +49,27 @@ def check_model(
         example_input: one example (*input_shape).
         name: the model as the config names it, for messages.
 
+    Returns:
+        Where the model draws from torch's global generator in training: its layers that do, or "in its forward code";
+        "" if it does not.
+
     Raises:
         ConfigError: names the model, the rule and what was found.
     """
     _check_parameters(model, name)
     model, fresh = copy.deepcopy(model), copy.deepcopy(model)
     inputs = torch.stack([example_input, example_input])
-    _check_logits(_run(model.eval(), inputs, name), input_shape, num_classes, inputs, name)
-    _check_logits(_run_watched(model.train(), inputs, name), input_shape, num_classes, inputs, name)
+    evaluated = _run(model.eval(), inputs, name)
+    _check_logits(evaluated.returned, input_shape, num_classes, inputs, name)
+    if evaluated.drew:
+        raise ConfigError(
+            f"model.name: {name} draws from torch's global generator in evaluation mode, in which it must return the "
+            "same each time; draw in training only, as F.dropout(x, p, training=self.training) does"
+        )
+    trained = _run_watched(model.train(), inputs, name)
+    _check_logits(trained.returned, input_shape, num_classes, inputs, name)
     _check_memory(fresh, inputs, name)
+    return (", ".join(unkeyed(model)) or "in its forward code") if trained.drew else ""
 
 
 def check_single(
@@ -65,7 +80,7 @@ def check_single(
     Args, Raises: as for :func:`check_model`.
     """
     inputs = example_input[None]
-    _check_logits(_run(copy.deepcopy(model).train(), inputs, name), input_shape, num_classes, inputs, name)
+    _check_logits(_run(copy.deepcopy(model).train(), inputs, name).returned, input_shape, num_classes, inputs, name)
 
 
 def _check_parameters(model: nn.Module, name: str) -> None:
@@ -78,8 +93,16 @@ def _check_parameters(model: nn.Module, name: str) -> None:
         raise ConfigError(f"model.name: {name} has no trainable parameters")
 
 
-def _run(model: nn.Module, inputs: Tensor, name: str, state: Params | None = None) -> object:
-    """What the model returns, with ``state`` in the place of its own; refuses one that fails or draws from torch."""
+class _Ran(NamedTuple):
+    """What the model returned, whether it drew from torch's global generator, and that generator's last state."""
+
+    returned: object
+    drew: bool
+    generator: Tensor
+
+
+def _run(model: nn.Module, inputs: Tensor, name: str, state: Params | None = None) -> _Ran:
+    """Call the model, with ``state`` in the place of its own, always from the same seed; refuses one that fails."""
     with torch.no_grad(), rng.torch_seeded(0):
         before = torch.get_rng_state()
         try:
@@ -87,14 +110,8 @@ def _run(model: nn.Module, inputs: Tensor, name: str, state: Params | None = Non
         except Exception as error:
             got = f"inputs of shape {tuple(inputs.shape)}, {inputs.dtype}"
             raise ConfigError(f"model.name: {name} failed on {got}: {error}") from error
-        drew = not torch.equal(before, torch.get_rng_state())
-    if drew:
-        where = ", ".join(unkeyed(model)) or "in its forward code"
-        raise ConfigError(
-            f"model.name: {name} draws from torch's global generator ({where}); a run could not be repeated. "
-            "Use keyed layers such as fedsim.models.layers.dropouts.Dropout"
-        )
-    return returned
+        after = torch.get_rng_state()
+    return _Ran(returned, not torch.equal(before, after), after)
 
 
 def _check_logits(logits: object, input_shape: tuple[int, ...], num_classes: int, inputs: Tensor, name: str) -> None:
@@ -110,14 +127,14 @@ def _check_logits(logits: object, input_shape: tuple[int, ...], num_classes: int
         raise ConfigError(f"model.name: {name} returned NaN or infinite values before any training")
 
 
-def _run_watched(model: nn.Module, inputs: Tensor, name: str) -> object:
+def _run_watched(model: nn.Module, inputs: Tensor, name: str) -> _Ran:
     """As :func:`_run`; refuses keyed layers called twice, and buffers that are replaced instead of changed, too."""
     calls: Counter[str] = Counter()
     for path, module in model.named_modules():
         if isinstance(module, Keyed):
             module.register_forward_hook(lambda *_, path=path: calls.update([path]))
     before = {path: buffer for path, buffer in model.named_buffers() if path in model.state_dict()}
-    returned = _run(model, inputs, name)
+    ran = _run(model, inputs, name)
     repeated = [path for path, count in calls.items() if count > 1]
     if repeated:
         raise ConfigError(
@@ -131,7 +148,7 @@ def _run_watched(model: nn.Module, inputs: Tensor, name: str) -> object:
             f"model.name: {name} assigns a new tensor to buffer {', '.join(replaced)} in its forward pass, which would "
             "be lost; update buffers in place, with copy_ or lerp_"
         )
-    return returned
+    return ran
 
 
 def _check_memory(model: nn.Module, inputs: Tensor, name: str) -> None:
@@ -148,26 +165,27 @@ def _check_memory(model: nn.Module, inputs: Tensor, name: str) -> None:
         )
     if not p.same_bits(trainable, p.of(model)[0]):
         raise ConfigError(f"model.name: {name} changes its own parameters in its forward pass; only training may")
-    if different := [mode for mode in first if not p.same_bits({mode: first[mode]}, {mode: second[mode]})]:
+    if different := [mode for mode in first if not p.same_bits(first[mode], second[mode])]:
         raise ConfigError(
-            f"model.name: {name} returns something else when called again with the same inputs, parameters, buffers "
-            f"and keys ({' and '.join(different)} mode); what it keeps from call to call would pass from client to "
-            "client and be lost on resume, unless it is a persistent buffer"
+            f"model.name: {name} returns or draws something else when called again with the same inputs, parameters, "
+            f"buffers, keys and seed ({' and '.join(different)} mode). What it keeps from call to call would pass from "
+            "client to client and be lost on resume, unless it is a persistent buffer; randomness of numpy, Python's "
+            "random or a generator of its own cannot be keyed: draw with torch.rand and the like, or by keyed layers"
         )
 
 
-def _as_in_a_run(model: nn.Module, trainable: Params, buffers: Params, inputs: Tensor, name: str) -> Params:
-    """What the model returns in either mode, with all of its state handed in."""
-    returned = {}
+def _as_in_a_run(model: nn.Module, trainable: Params, buffers: Params, inputs: Tensor, name: str) -> dict[str, Params]:
+    """What the model returns in either mode, with all of its state handed in, and what is left of the generator."""
+    found = {}
     for mode in ("training", "evaluation"):
         handed = {path: buffer.clone() for path, buffer in buffers.items()}
         state = {**trainable, **handed, **step_keys(key_names(model), 0)}
-        logits = _run(model.train(mode == "training"), inputs, name, state)
-        assert isinstance(logits, Tensor)  # as it was for _check_logits
-        returned[mode] = logits
+        ran = _run(model.train(mode == "training"), inputs, name, state)
+        assert isinstance(ran.returned, Tensor)  # as it was for _check_logits
+        found[mode] = {"returned": ran.returned, "generator": ran.generator}
         if mode == "evaluation" and not p.same_bits(handed, buffers):
             raise ConfigError(f"model.name: {name} changes buffers in evaluation mode; only training may")
-    return returned
+    return found
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {

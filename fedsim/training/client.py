@@ -5,6 +5,7 @@ many clients at once, and are tested against it.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from fedsim.records import Broadcast, ClientUpdate, Examples, Params
 from fedsim.training.local_rule import LocalRule
 from fedsim.training.losses import cross_entropy
 from fedsim.training.optimizers import Optimizer
+from fedsim.training.schedules import Schedule, unchanged
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class LocalWork:
     model: a template; only its structure is used, never its own parameters.
     key_names: names of the model's key buffers (of stochastic layers).
     batch_size: examples per step, >= 1; None takes all of a client's examples in one step.
+    autocast: run the forward pass in bfloat16 where torch finds it safe; parameters stay as they are.
+    schedule: round -> factor on the optimizer's step size.
+    seeded: the model draws from torch's global generator, so each client is trained by itself, within
+        ``rng.torch_seeded`` of its key.
     """
 
     model: nn.Module
@@ -35,6 +41,9 @@ class LocalWork:
     rule: LocalRule
     local_epochs: int
     batch_size: int | None
+    autocast: bool = False
+    schedule: Schedule = unchanged
+    seeded: bool = False
 
 
 def batches(n: int, batch_size: int | None, local_epochs: int, key: int) -> Iterator[Tensor]:
@@ -55,11 +64,22 @@ def batches(n: int, batch_size: int | None, local_epochs: int, key: int) -> Iter
         yield from torch.split(rng.permutation(rng.fold(key, "epoch", epoch), n), batch_size or n)
 
 
-def gradient(work: LocalWork, local: Params, buffers: Params, batch: Examples, key: int) -> tuple[Params, Tensor]:
-    """Gradient and value of the mean batch loss at ``local``; batch-norm ``buffers`` are updated in place."""
-    keys = step_keys(work.key_names, key)
+def batch_loss(work: LocalWork, params: Params, buffers: Params, batch: Examples, layer_keys: Params) -> Tensor:
+    """Mean loss of a batch in training mode: scalar tensor (). Batch-norm ``buffers`` are updated in place.
+
+    layer_keys: a key for each stochastic layer, from :func:`fedsim.models.layers.keyed.step_keys`.
+    """
+    with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=work.autocast):
+        logits = functional_call(work.model, {**params, **buffers, **layer_keys}, (batch.inputs,))
+    return cross_entropy(logits.float() if work.autocast else logits, batch.labels)
+
+
+def gradient(
+    work: LocalWork, local: Params, buffers: Params, batch: Examples, layer_keys: Params
+) -> tuple[Params, Tensor]:
+    """Gradient and value of :func:`batch_loss` at ``local``."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in local.items()}
-    loss = cross_entropy(functional_call(work.model, {**leaves, **buffers, **keys}, (batch.inputs,)), batch.labels)
+    loss = batch_loss(work, leaves, buffers, batch, layer_keys)
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(leaves, grads, strict=True)), loss.detach()
 
@@ -69,7 +89,8 @@ def train_client(
 ) -> ClientUpdate:
     """Train from the global parameters on one client's data.
 
-    ``w <- optimizer(w, rule.correct(grad loss(w; batch)))`` for every batch of every local epoch.
+    ``w <- optimizer(w, rule.correct(grad loss(w; batch)))`` for every batch of every local epoch, from a fresh
+    optimizer state, with the step size that the schedule gives this round.
 
     Args:
         work: what to do, the same for all clients.
@@ -86,21 +107,24 @@ def train_client(
     Source: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data",
         algorithm 1, ClientUpdate. Differs: none for plain SGD and the plain rule.
     """
-    work.model.train()
-    local, buffers = broadcast.params, {name: b.clone() for name, b in broadcast.buffers.items()}
-    optimizer_state = work.optimizer.init(local)
-    loss_sum, seen, steps = torch.zeros((), dtype=torch.float64), 0, 0
-    for indices in batches(len(data), work.batch_size, work.local_epochs, key):
-        grads, loss = gradient(work, local, buffers, data.take(indices), rng.fold(key, "step", steps))
-        grads = work.rule.correct(grads, local, broadcast, state)
-        local, optimizer_state = work.optimizer.step(local, grads, optimizer_state)
-        loss_sum += loss.double() * len(indices)
-        seen, steps = seen + len(indices), steps + 1
-    return ClientUpdate(
-        client=client,
-        update=p.sub(local, broadcast.params),
-        buffers=buffers,
-        num_examples=len(data),
-        metrics={"train_loss": float(loss_sum) / seen},
-        state=work.rule.finish(local, broadcast, state, steps),
-    )
+    with rng.torch_seeded(key) if work.seeded else nullcontext():
+        work.model.train()
+        local, buffers = broadcast.params, {name: b.clone() for name, b in broadcast.buffers.items()}
+        optimizer_state = work.optimizer.init(local)
+        factor = work.schedule(broadcast.round)
+        loss_sum, seen, steps = torch.zeros((), dtype=torch.float64), 0, 0
+        for indices in batches(len(data), work.batch_size, work.local_epochs, key):
+            layer_keys = step_keys(work.key_names, rng.fold(key, "step", steps))
+            grads, loss = gradient(work, local, buffers, data.take(indices), layer_keys)
+            grads = work.rule.correct(grads, local, broadcast, state)
+            local, optimizer_state = work.optimizer.step(local, grads, optimizer_state, steps + 1, factor)
+            loss_sum += loss.double() * len(indices)
+            seen, steps = seen + len(indices), steps + 1
+        return ClientUpdate(
+            client=client,
+            update=p.sub(local, broadcast.params),
+            buffers=buffers,
+            num_examples=len(data),
+            metrics={"train_loss": float(loss_sum) / seen},
+            state=work.rule.finish(local, broadcast, state, steps),
+        )

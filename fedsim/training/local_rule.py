@@ -17,3 +17,18 @@ class LocalRule(NamedTuple):
     init: Callable[[Params], Params]
     correct: Callable[[Params, Params, Broadcast, Params], Params]
     finish: Callable[[Params, Broadcast, Params, int], Params]
+
+
+def no_state(params: Params) -> Params:
+    """``init`` of a rule that keeps none."""
+    return {}
+
+
+def same_grads(grads: Params, local: Params, broadcast: Broadcast, state: Params) -> Params:
+    """``correct`` of a rule that corrects nothing."""
+    return grads
+
+
+def same_state(local: Params, broadcast: Broadcast, state: Params, num_steps: int) -> Params:
+    """``finish`` of a rule whose state does not change."""
+    return state

@@ -20,6 +20,7 @@ def test_list_shows_one_kind(fedsim):
     text = fedsim("list", "strategies").out
     assert text.startswith("strategies  (strategy)\n  fedavg ")
     assert "splits" not in text
+    assert "      every: int >= 1  (needed)\n" in fedsim("list", "schedules").out
 
 
 def test_schema_is_json(fedsim):

@@ -1,11 +1,13 @@
 """From a config to a federation: what foreign components may return, and what is said of those that may not."""
 
 import itertools
+import json
 import sys
 
 import pytest
 import torch
 
+import fedsim
 from fedsim.config import build
 from fedsim.config.load import load
 from fedsim.errors import ConfigError, DataError
@@ -56,9 +58,17 @@ class Norm(Net):
     def __init__(self, input_shape, num_classes):
         super().__init__(input_shape, num_classes)
         self.body.append(nn.BatchNorm1d(num_classes))
+class Dropping(Net):
+    def __init__(self, input_shape, num_classes, rate: float = 0.0):
+        super().__init__(input_shape, num_classes)
+        self.rate = rate
+        self.body.insert(2, nn.AlphaDropout(0.2))
+        self.body.insert(1, nn.Dropout(0.1))
+    def forward(self, x): return nn.functional.dropout(super().forward(x), self.rate, self.training)
 class Uncopied(Bare):
     def __deepcopy__(self, memo): raise TypeError("cannot pickle 'lock' object")
 
+def halving(rounds, *, start: float = 1.0): return lambda round: start * 0.5 ** (round / rounds)
 def sized(labels, sizes: list, min_examples=1):
     return np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
 """
@@ -112,9 +122,64 @@ def test_a_model_class_gets_what_it_asks_for(made, name, width, entries):
     assert sum(parameter.numel() for parameter in model.parameters()) == entries
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+def test_a_model_that_draws_from_torchs_generator_is_seeded_client_by_client(made, rate):
+    federation = made({"model.name": "Dropping"}, model__rate=rate)
+    assert federation.work.key_names == ("body.1.key", "body.3.key")
+    assert federation.draws.keyed == ("body.1", "body.3")
+    assert federation.draws.seeded == ("in its forward code" if rate else "")
+    assert federation.work.seeded is bool(rate)
+
+
+def test_models_of_ours_draw_by_keys_and_have_nothing_to_tell(valid):
+    federation = build.federation(load(valid, {"model": {"name": "mlp", "dropout": 0.5}}))[0]
+    assert federation.work.key_names and not federation.work.seeded
+    assert federation.draws.told() == ()
+
+
 def test_foreign_strategies_optimizers_and_engines_work_as_ours_do(made):
     federation = made({"strategy": "fedavg", "train.optimizer": "sgd", "engine": "reference"})
     assert federation.strategy.weighting == "examples"
+
+
+def test_a_schedule_is_told_the_rounds_of_the_run(made, valid):
+    ours = build.federation(load(valid, {"train.rounds": 8, "train.schedule": "linear"}))[0].work.schedule
+    foreign = made({"train.schedule.name": "halving"}, train__rounds=8, train__schedule__start=3.0).work.schedule
+    assert [ours(1), ours(5)] == [1.0, 0.5] and foreign(8) == 1.5
+    assert build.federation(load(valid))[0].work.schedule(2) == 1.0
+
+
+def test_a_warm_up_that_outlasts_the_run_is_refused_before_data_is_loaded(valid):
+    changes = {"train.schedule": {"name": "cosine", "warmup": 2}, "data.root": "/nowhere"}
+    with pytest.raises(ConfigError, match=r"^train\.schedule\.warmup: must be < rounds \(2\), got 2$"):
+        build.federation(load(valid, changes))
+
+
+class Stopped(Exception):  # noqa: N818
+    """Something that goes wrong outside fedsim."""
+
+
+def test_adam_with_a_cosine_is_resumed_bit_for_bit(valid, tmp_path, monkeypatch):
+    def stop(record):
+        if record.round == 1:
+            raise Stopped
+
+    def lines(run):
+        return [{**json.loads(line), "seconds": 0} for line in (run.folder / "rounds.jsonl").read_text().splitlines()]
+
+    def weights(run):
+        return (run.folder / "model.safetensors").read_bytes()
+
+    monkeypatch.chdir(tmp_path)
+    changes = {"train.optimizer": {"name": "adam", "lr": 0.01}, "train.schedule": {"name": "cosine"}}
+    whole = fedsim.run(valid, {**changes, "output": "whole"})
+    with pytest.raises(Stopped):
+        fedsim.run(valid, {**changes, "output": "stopped"}, on_round=stop)
+    (stopped,) = (tmp_path / "stopped").iterdir()
+    resumed = fedsim.resume(stopped)
+    assert len(whole.rounds) == 2 and lines(resumed) == lines(whole) and weights(resumed) == weights(whole)
+    flat = fedsim.run(valid, {**changes, "train.schedule": "constant", "output": "flat"})
+    assert lines(flat)[0] == lines(whole)[0] and weights(flat) != weights(whole)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +196,7 @@ def test_foreign_strategies_optimizers_and_engines_work_as_ours_do(made):
         ("model", "Wrong", "model.name: {} must return a tensor of shape (2, 10)"),
         ("strategy", "nothing", "strategy.name: must make fedsim's Strategy, but {} made NoneType"),
         ("train.optimizer", "arrays", "train.optimizer.name: must make fedsim's Optimizer, but {} made tuple"),
+        ("train.schedule", "nothing", "train.schedule.name: must make a function of the round, but {} made NoneType"),
         ("engine", "nothing", "engine.name: must make an Engine, with drive and describe, but {} made NoneType"),
     ],
 )  # fmt: skip

@@ -28,6 +28,7 @@ def test_a_resolved_config_says_all_there_is_to_say(valid):
     assert full["train"]["optimizer"] == {
         "name": "sgd", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False
     }  # fmt: skip
+    assert full["train"]["schedule"] == {"name": "constant", "warmup": 0}
     assert full["model"] == {"name": "mlp", "init": "default", "regularizers": [], "hidden": [8], "dropout": 0.0}
     assert set(full) == {
         "name", "seed", "data", "model", "train", "strategy", "pruning", "transforms", "transfer", "engine", "output"
@@ -36,7 +37,7 @@ def test_a_resolved_config_says_all_there_is_to_say(valid):
 
 def test_the_smallest_config_has_all_defaults():
     config = load({"data": {"dataset": "digits", "clients": 3}, "model": "linear"})
-    assert (config.name, config.strategy.name, config.engine.name) == ("run", "fedavg", "reference")
+    assert (config.name, config.strategy.name, config.engine.name) == ("run", "fedavg", "local")
     assert (config.data.split.name, config.train.optimizer.name) == ("iid", "sgd")
 
 
@@ -58,6 +59,8 @@ def test_a_file_without_name_is_named_after_itself(tmp_path, file, name):
 def test_a_parameter_of_a_default_component_can_be_overridden():
     config = load({"data": {"dataset": "digits", "clients": 3}, "model": "linear"}, {"train.optimizer.lr": 0.5})
     assert resolved(config)["train"]["optimizer"]["lr"] == 0.5
+    config = load({"data": {"dataset": "digits", "clients": 3}, "model": "linear"}, {"train.schedule.warmup": 2})
+    assert resolved(config)["train"]["schedule"] == {"name": "constant", "warmup": 2}
 
 
 def test_overrides_go_over_what_a_file_extends(tmp_path, valid):

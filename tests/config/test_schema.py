@@ -8,6 +8,7 @@ from fedsim.config.schema import cross_problems, default_name
     [
         ("data.split", "iid"),
         ("train.optimizer", "sgd"),
+        ("train.schedule", "constant"),
         ("strategy", "fedavg"),
         ("model", None),
         ("data.dataset", None),

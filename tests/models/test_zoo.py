@@ -1,6 +1,8 @@
 import inspect
+import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -166,7 +168,7 @@ def test_every_model_passes_the_check_and_is_not_changed_by_it(name: str) -> Non
     model = small(name).eval()
     (trainable, buffers), state = params.of(model), torch.get_rng_state()
     shape = TEXT if name == "char-lstm" else DIGITS
-    check_model(model, shape, 10, inputs(name, 1)[0], name=name)
+    assert check_model(model, shape, 10, inputs(name, 1)[0], name=name) == ""
     assert params.same_bits(trainable, params.of(model)[0])
     assert params.same_bits(buffers, params.of(model)[1])
     assert not any(m.training or m._forward_hooks for m in model.modules())
@@ -186,18 +188,64 @@ class Custom(nn.Module):
         return self.given(self, x)
 
 
-def check(model: nn.Module, example: Tensor | None = None) -> None:
-    check_model(model, (4,), 3, torch.ones(4) if example is None else example, name="my:Net")
+def check(model: nn.Module, example: Tensor | None = None) -> str:
+    return check_model(model, (4,), 3, torch.ones(4) if example is None else example, name="my:Net")
 
 
-def test_a_fine_custom_model_passes_once_its_dropout_is_keyed() -> None:
+def test_the_check_says_where_a_model_draws_from_torchs_generator() -> None:
     model = Custom(lambda m, x: m.drop(m.fc(x)))
-    with pytest.raises(
-        ConfigError, match=r"model.name: my:Net draws from torch's global generator .*\(drop \(Dropout\)\)"
-    ):
-        check(model)
+    state = torch.get_rng_state()
+    assert check(model) == "drop (Dropout)"
+    model.given = lambda m, x: m.fc(x)  # it still has a dropout layer
+    assert check(model) == ""
     assert replace_dropout(model) == ("drop",)
-    check(model)
+    model.given = lambda m, x: m.drop(m.fc(x))
+    assert check(model) == ""
+    model.given = lambda m, x: F.dropout(m.fc(x), 0.5, m.training)
+    assert check(model) == "in its forward code"
+    assert torch.equal(state, torch.get_rng_state())
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(1, 5, num_layers=2, dropout=0.5, batch_first=True)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x[..., None])[0][:, -1])
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(1, 4)
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.5, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.up(x[..., None]))[:, -1])
+
+
+@pytest.mark.parametrize(
+    ("model", "where", "keyed"),
+    [
+        (Recurrent, "lstm (LSTM)", ()),
+        (
+            Attending,
+            "encoder.self_attn (MultiheadAttention)",
+            ("encoder.dropout", "encoder.dropout1", "encoder.dropout2"),
+        ),
+        (lambda: nn.Sequential(nn.Linear(4, 3), nn.RReLU()), "1 (RReLU)", ()),
+    ],
+)
+def test_layers_of_torch_that_no_keyed_layer_replaces_may_draw_in_training(
+    model: Callable[[], nn.Module], where: str, keyed: tuple[str, ...]
+) -> None:
+    with rng.torch_seeded(1):
+        made = model()
+    assert replace_dropout(made) == keyed
+    assert check(made) == where
 
 
 @pytest.mark.parametrize(
@@ -209,7 +257,6 @@ def test_a_fine_custom_model_passes_once_its_dropout_is_keyed() -> None:
         (lambda m, x: (m.fc(x), x), "returned tuple"),
         (lambda m, x: m.fc(x) / 0, "returned NaN or infinite values"),
         (lambda m, x: m.fc(x[:, 1:]), r"failed on inputs of shape \(2, 4\), torch.float32: mat1"),
-        (lambda m, x: F.dropout(m.fc(x), 0.5, m.training), r"global generator \(drop \(Dropout\)\)"),
     ],
 )
 def test_a_custom_model_that_cannot_be_trained_is_refused(
@@ -219,14 +266,73 @@ def test_a_custom_model_that_cannot_be_trained_is_refused(
         check(Custom(forward))
 
 
-@pytest.mark.parametrize("mode", [True, False])
-def test_a_forward_pass_that_draws_without_a_layer_is_refused_in_either_mode(mode: bool) -> None:
-    model = Custom(lambda m, x: m.fc(x) + (torch.rand(2, 3) if m.training is mode else 0))
-    model.drop = nn.Identity()
-    state = torch.get_rng_state()
-    with pytest.raises(ConfigError, match=r"global generator \(in its forward code\); a run could not be repeated"):
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.fc(x) + (0 if m.training else torch.rand(2, 3)),
+        lambda m, x: F.dropout(m.fc(x), 0.5),  # the slip: it drops in evaluation, too
+    ],
+)
+def test_a_model_that_draws_in_evaluation_mode_is_refused(forward: Callable[[Custom, Tensor], object]) -> None:
+    model, state = Custom(forward), torch.get_rng_state()
+    rule = r"draws from torch's global generator in evaluation mode, .*as F\.dropout\(x, p, training=self\.training\)"
+    with pytest.raises(ConfigError, match=rule):
         check(model)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def draws_with_numpy(m: Custom, x: Tensor) -> Tensor:
+    return m.fc(x) * (float(np.random.rand()) if m.training else 1)
+
+
+def draws_with_python(m: Custom, x: Tensor) -> Tensor:
+    return m.fc(x) * (random.random() if m.training else 1)
+
+
+def draws_with_a_generator_of_its_own(m: Custom, x: Tensor) -> Tensor:
+    if not hasattr(m, "own"):
+        m.own = torch.Generator()
+    return m.fc(x) * torch.rand(3, generator=m.own)
+
+
+def draws_once_and_keeps_it(m: Custom, x: Tensor) -> Tensor:
+    if m.training and not hasattr(m, "mask"):
+        m.mask = torch.rand(3)
+    return m.fc(x) * m.mask if m.training else m.fc(x)
+
+
+def draws_with_what_the_first_call_drew(m: Custom, x: Tensor) -> Tensor:
+    if not m.training:
+        return m.fc(x)
+    last, m.scale = getattr(m, "scale", 1), torch.rand(3)
+    return m.fc(x) * last
+
+
+@pytest.mark.parametrize(
+    ("forward", "modes"),
+    [
+        (draws_with_numpy, "training mode"),
+        (draws_with_python, "training mode"),
+        (draws_with_a_generator_of_its_own, "training and evaluation mode"),
+        (draws_with_what_the_first_call_drew, "training mode"),
+    ],
+)
+def test_randomness_that_cannot_be_seeded_is_refused(forward: Callable[[Custom, Tensor], object], modes: str) -> None:
+    rule = (
+        rf"my:Net returns or draws something else when called again with the same .* and seed \({modes}\)\. .* "
+        r"randomness of numpy, Python's random or a generator of its own cannot be keyed"
+    )
+    with pytest.raises(ConfigError, match=rule):
+        check(Custom(forward))
+
+
+def test_a_draw_that_is_kept_from_the_first_call_on_is_refused_though_both_calls_return_the_same() -> None:
+    """Else the first client to be trained, whichever that is in a process, would draw it for all."""
+    model = Custom(draws_once_and_keeps_it)
+    with pytest.raises(ConfigError, match=r"returns or draws something else .* \(training mode\)"):
+        check(model)
+    model(torch.ones(2, 4))
+    assert check(model) == ""  # nothing is drawn any more
 
 
 def test_a_keyed_layer_called_twice_is_refused() -> None:
@@ -337,9 +443,9 @@ def test_a_model_may_remember_in_persistent_buffers_updated_in_place() -> None:
     ("forward", "message"),
     [
         (assigns, r"assigns a new tensor to buffer ema .* update buffers in place, with copy_ or lerp_"),
-        (counts, r"returns something else when called again .* \(training mode\); .* from client to client"),
-        (warms_up_by_evaluations, r"returns something else .* \(evaluation mode\)"),
-        (starts_from_its_first_batch, r"returns something else .* \(training mode\)"),
+        (counts, r"returns or draws something else when called again .* \(training mode\)\. .* from client to client"),
+        (warms_up_by_evaluations, r"returns or draws something else .* \(evaluation mode\)"),
+        (starts_from_its_first_batch, r"returns or draws something else .* \(training mode\)"),
         (keeps, r"changes buffer last in its forward pass, which is not persistent: .* persistent=True"),
         (replaces, r"changes buffer last in its forward pass, which is not persistent"),
         (follows_in_evaluation, r"changes buffers in evaluation mode; only training may"),

@@ -19,7 +19,7 @@ from fedsim.records import Broadcast, Examples
 from fedsim.strategies.local_rules import plain
 from fedsim.training.client import LocalWork, batches, gradient, train_client
 from fedsim.training.local_rule import LocalRule
-from fedsim.training.optimizers import sgd
+from fedsim.training.optimizers import adam, sgd
 
 DATA = Examples(rng.normal(1, 11, 4, dtype=torch.float64) * 2, (rng.uniform(2, 11) * 3).long())
 
@@ -55,7 +55,7 @@ def test_epochs_and_keys_have_orders_of_their_own():
 def test_the_gradient_is_that_of_central_differences():
     job = work(nn.Tanh())
     local, batch, h = p.of(job.model)[0], DATA.take(torch.arange(5)), 1e-6
-    grads, loss = gradient(job, local, {}, batch, 0)
+    grads, loss = gradient(job, local, {}, batch, {})
 
     def value(params):
         return float(F.cross_entropy(functional_call(job.model, params, (batch.inputs,)), batch.labels).detach())
@@ -72,7 +72,7 @@ def test_the_gradient_is_that_of_central_differences():
 def test_a_parameter_that_is_not_used_has_gradient_zero():
     job = work(nn.Tanh())
     job.model.register_parameter("spare", nn.Parameter(torch.ones(2, dtype=torch.float64)))
-    grads, _ = gradient(job, p.of(job.model)[0], {}, DATA, 0)
+    grads, _ = gradient(job, p.of(job.model)[0], {}, DATA, {})
     assert grads["spare"].tolist() == [0.0, 0.0]
 
 
@@ -142,3 +142,74 @@ def test_a_rule_corrects_every_gradient_and_finishes_once():
     for update in result.update.values():
         assert torch.allclose(update, torch.full_like(update, -0.1 * steps * (0.25 + 2 - 3)), atol=1e-12)
     assert result.state["s"].item() == 18.0 and state["s"].item() == 3.0
+
+
+@pytest.mark.parametrize("round", [1, 2, 5])
+def test_adam_starts_afresh_in_every_round_with_the_step_size_of_the_round(round):
+    """By hand: torch's Adam from nothing, with its lr as the schedule says for the round."""
+    job = replace(work(nn.Tanh()), optimizer=adam(lr=0.02), schedule=lambda round: 1 / round)
+    broadcast = replace(broadcast_of(job), round=round)
+    result = train_client(job, broadcast, 0, DATA, state={}, key=4)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in broadcast.params.items()}
+    optimizer = torch.optim.Adam(leaves.values(), lr=0.02 / round)
+    for indices in batches(11, 4, 2, 4):
+        optimizer.zero_grad()
+        logits = functional_call(job.model, leaves, (DATA.inputs[indices],))
+        F.cross_entropy(logits, DATA.labels[indices]).backward()
+        optimizer.step()
+    for name, update in result.update.items():
+        assert torch.allclose(update, leaves[name].detach() - broadcast.params[name], rtol=0, atol=1e-11)
+
+
+def test_without_a_schedule_every_round_is_the_same():
+    job = work(nn.Tanh())
+    first, later = (
+        train_client(job, replace(broadcast_of(job), round=round), 0, DATA, state={}, key=4) for round in (1, 50)
+    )
+    assert p.same_bits(first.update, later.update)
+
+
+class Functional(nn.Module):
+    """Draws as its user wrote it: from torch's global generator."""
+
+    def forward(self, x):
+        return F.dropout(x, 0.4, self.training)
+
+
+def test_what_a_seeded_model_draws_is_one_stream_from_the_clients_key():
+    """By hand: masks of all steps, one after another, from a generator that starts at the key; torch's own SGD."""
+    job, key = replace(work(nn.Tanh(), Functional()), seeded=True), rng.fold(8, "client", 3)
+    broadcast, own = broadcast_of(job), torch.Generator().manual_seed(key & 0xFFFFFFFF)
+    result = train_client(job, broadcast, 3, DATA, state={}, key=key)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in broadcast.params.items()}
+    optimizer = torch.optim.SGD(leaves.values(), lr=0.5)
+    for indices in batches(11, 4, 2, key):
+        kept = torch.empty(len(indices), 6, dtype=torch.float64).bernoulli_(0.6, generator=own)
+        hidden = F.linear(DATA.inputs[indices], leaves["0.weight"], leaves["0.bias"]).tanh() * kept / 0.6
+        optimizer.zero_grad()
+        F.cross_entropy(F.linear(hidden, leaves["3.weight"], leaves["3.bias"]), DATA.labels[indices]).backward()
+        optimizer.step()
+    for name, update in result.update.items():
+        assert torch.allclose(update, leaves[name].detach() - broadcast.params[name], rtol=0, atol=1e-12)
+
+
+def test_a_seeded_client_depends_on_its_key_alone_and_leaves_the_generator_as_it_was():
+    job = replace(work(nn.BatchNorm1d(6), Functional(), Dropout(0.3), momentum=0.9), seeded=True)
+    broadcast = broadcast_of(job)
+    before = torch.get_rng_state()
+    first = train_client(job, broadcast, 0, DATA, state={}, key=5)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.random.fork_rng(devices=[]):
+        torch.rand(3)
+        other = train_client(job, broadcast, 1, DATA, state={}, key=6)
+        again = train_client(job, broadcast, 0, DATA, state={}, key=5)
+    assert p.same_bits(first.update, again.update) and p.same_bits(first.buffers, again.buffers)
+    assert first.metrics == again.metrics and not p.same_bits(first.update, other.update)
+
+
+def test_seeding_changes_nothing_in_a_model_that_does_not_draw():
+    job = work(nn.Tanh(), Dropout(0.3))
+    one, other = (
+        train_client(w, broadcast_of(job), 0, DATA, state={}, key=5) for w in (job, replace(job, seeded=True))
+    )
+    assert p.same_bits(one.update, other.update) and one.metrics == other.metrics
