@@ -3,8 +3,9 @@
 import contextlib
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -14,13 +15,15 @@ import numpy as np
 from fedsim import runs
 from fedsim.data import heterogeneity
 from fedsim.data.federated import FederatedData
-from fedsim.errors import FedsimError
+from fedsim.errors import FedsimError, RunError
 from fedsim.federation import RoundResult
 from fedsim.records import ClientEvaluation, RoundRecord, ServerState
 from fedsim.summary import Metrics, Status, summarize
 
 SPLIT_DETAIL_CLIENTS = 2000  # split.json lists every client up to here
 FINGERPRINT_ENTRIES = 4_000_000  # of the inputs that are hashed; keeps it well under a second
+PAUSE_S = 1.0  # between checkpoints, at least,
+PAUSE_WRITES = 20  # and at least so many times as long as the last one took
 
 OnRound = Callable[[RoundRecord], None]
 Kind = Literal["federated", "centralised", "alone"]
@@ -44,65 +47,119 @@ class Facts:
     target_accuracy: float | None
 
 
+@dataclass(frozen=True)
+class Written:
+    """When a checkpoint was begun and done, in seconds of the recording's clock."""
+
+    began: float
+    ended: float
+
+
+def due(last: Written, now: float) -> bool:
+    """Whether to write another checkpoint while a run goes on.
+
+    Syncing with the disk can take longer than a round, and writing the states of many clients longer still. Spaced
+    like this, checkpoints take about a twentieth of a run at most. A run that is killed (``kill -9``, a power cut) has
+    to repeat no more than a second, or twenty times a write, and the round under way; a run that ends in any other way
+    saves its last whole round, whatever this says.
+    """
+    return now - last.ended >= max(PAUSE_S, PAUSE_WRITES * (last.ended - last.began))
+
+
 class Recording:
     """A context in which a run writes its folder; on leaving, summary.json says finished, failed or interrupted.
 
-    A folder with rounds in it is continued.
+    Lines are written every round, checkpoints when they are :func:`due` and on leaving. A folder with rounds in it is
+    continued.
     """
 
-    def __init__(self, folder: Path, facts: Facts, on_round: OnRound) -> None:
-        self.folder, self.facts, self.on_round = folder, facts, on_round
+    def __init__(
+        self,
+        folder: Path,
+        facts: Facts,
+        state: ServerState,
+        on_round: OnRound,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.folder, self.facts, self.on_round, self.clock = folder, facts, on_round, clock
         reader = runs.RunFolder(folder)
         found = reader.summary().get("initial")
         self.initial = Metrics(**found) if found else None
-        self.rounds = reader.rounds()
+        self.rounds = [_slim(record) for record in reader.rounds()]
+        self.state = state  # of the last whole round
+        self.saved: int | None = None  # round of the last checkpoint written here
 
     def __enter__(self) -> "Recording":
+        now = self.clock()
+        self.written = Written(now, now)
         with runs.writing(self.folder):
             self._write("running")
+            self.lines = runs.Lines(self.folder)
         return self
 
-    def save(self, state: ServerState) -> None:
-        """Write a checkpoint."""
+    def save(self) -> None:
+        """Write a checkpoint of the last whole round, unless that is the last one written."""
+        if self.saved == self.state.round:
+            return
+        began = self.clock()
         with runs.writing(self.folder):
-            runs.save_checkpoint(self.folder, state)
+            self.lines.sync()  # a checkpoint must not reach the disk before the lines that it makes count
+            runs.save_checkpoint(self.folder, self.state)
+        self.saved, self.written = self.state.round, Written(began, self.clock())
 
     def take(self, result: RoundResult) -> None:
-        """Write one round: its lines first, then the checkpoint that makes them count."""
+        """Write one round's lines, and perhaps a checkpoint."""
         record = result.record
         with runs.writing(self.folder):
             if record.round == 0:  # its state was saved before it was evaluated
                 self.initial = Metrics(0, record.loss, record.accuracy)
                 self._write("running")
                 return
-            runs.append_round(self.folder, record, result.evaluations)
-            self.rounds.append(record)
-            runs.save_checkpoint(self.folder, result.state)
+            self.lines.add(record, result.evaluations)
+        self.rounds.append(_slim(record))
+        self.state = result.state  # from here on the round is whole, and is what a signal or an error leaves
+        if due(self.written, self.clock()):
+            self.save()
         self.on_round(record)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Say how it ended."""
-        if error is None:
-            with runs.writing(self.folder):
+        """Save the last whole round and say how it ended."""
+        try:
+            if error is None:
                 self._finish()
-            return
-        with contextlib.suppress(OSError):  # the disk is full, most likely; the last checkpoint stands
+            else:
+                self._break_off(error)
+        finally:
+            with contextlib.suppress(OSError):  # what could not be written was an error when it was tried first
+                self.lines.close()
+
+    def _finish(self) -> None:
+        self.save()
+        with runs.writing(self.folder):
+            runs.save_model(self.folder, self.state.params, self.state.buffers)
+            self._write("finished")
+
+    def _break_off(self, error: BaseException) -> None:
+        with contextlib.suppress(RunError):  # the disk is full, most likely; the last checkpoint stands
+            self.save()
+        with contextlib.suppress(OSError):
             if isinstance(error, KeyboardInterrupt):
                 self._write("interrupted")
             else:
                 what = str(error) if isinstance(error, FedsimError) else f"{type(error).__name__}: {error}"
                 self._write("failed", what)
 
-    def _finish(self) -> None:
-        state = runs.load_checkpoint(self.folder)
-        runs.save_model(self.folder, state.params, state.buffers)
-        self._write("finished")
-
     def _write(self, status: Status, error: str | None = None) -> None:
-        content = _summary(self.facts, self.rounds, self.initial, status, error)
+        whole = self.rounds[: self.state.round]  # a signal may have come between a record and its state
+        content = _summary(self.facts, whole, self.initial, status, error)
         runs.write_json(self.folder / "summary.json", content)
+
+
+def _slim(record: RoundRecord) -> RoundRecord:
+    """The record without its cohort, which no summary needs: memory must not grow with rounds times clients."""
+    return replace(record, cohort=())
 
 
 def _summary(
@@ -134,10 +191,11 @@ def record_rounds(
 ) -> None:
     """Write rounds that are all there already, the final model if there is one, and a summary; no checkpoint."""
     records = []
-    with runs.writing(folder):
+    with runs.writing(folder), contextlib.closing(runs.Lines(folder)) as file:
         for record, evaluations in lines:
-            runs.append_round(folder, record, evaluations)
+            file.add(record, evaluations)
             records.append(record)
+        file.sync()
         if final is not None:
             runs.save_model(folder, final.params, final.buffers)
         runs.write_json(folder / "summary.json", _summary(facts, records, None, "finished"))

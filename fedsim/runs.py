@@ -80,17 +80,44 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     write_bytes(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode())
 
 
-def append_round(folder: Path, record: RoundRecord, evaluations: Iterable[ClientEvaluation]) -> None:
-    """Add one line to rounds.jsonl and a line per client to clients.jsonl."""
-    _append(folder / "clients.jsonl", [dataclasses.asdict(e) for e in evaluations])
-    _append(folder / "rounds.jsonl", [dataclasses.asdict(record)])
+class Lines:
+    """rounds.jsonl and clients.jsonl, open to be added to.
+
+    Readers see a round as soon as it is added, and so does a resume after ``kill -9``; the disk may lag behind until
+    :meth:`sync`, which costs far more than adding.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._clients, self._rounds = ((folder / f"{name}.jsonl").open("ab") for name in ("clients", "rounds"))
+
+    def add(self, record: RoundRecord, evaluations: Iterable[ClientEvaluation]) -> None:
+        """One line per client, then the round's own: whoever finds a round finds its clients."""
+        for file, records in ((self._clients, evaluations), (self._rounds, (record,))):
+            file.write(b"".join(_line(one) for one in records))
+            file.flush()
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk."""
+        for file in (self._clients, self._rounds):
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Write what a failed :meth:`add` has left, and close both files, whether or not that can be done."""
+        try:
+            self._clients.close()
+        finally:
+            self._rounds.close()
 
 
-def _append(path: Path, lines: list[dict[str, Any]]) -> None:
-    with path.open("a") as file:
-        file.write("".join(json.dumps(_finite(line), allow_nan=False) + "\n" for line in lines))
-        file.flush()
-        os.fsync(file.fileno())  # the checkpoint that makes these lines count must not reach the disk before them
+_encode = json.JSONEncoder(allow_nan=False).encode
+
+
+def _line(record: RoundRecord | ClientEvaluation) -> bytes:
+    try:
+        text = _encode(vars(record))
+    except ValueError:  # a NaN or an infinity, which are rare; looking for them first would double the cost
+        text = _encode(_finite(vars(record)))
+    return f"{text}\n".encode()
 
 
 def _finite(value: Any) -> Any:

@@ -1,7 +1,9 @@
 """The run folder: whole files or old files, checkpoints that come back bit for bit, damage that is named."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +41,11 @@ def folder(tmp_path):
     runs.write_config(made, {"name": "test", "seed": 1})
     runs.write_json(made / "environment.json", {"host": "here"})
     return made
+
+
+def append_round(made, of_round, evaluations):
+    with contextlib.closing(runs.Lines(made)) as lines:
+        lines.add(of_round, evaluations)
 
 
 def same_state(a, b):
@@ -120,17 +127,60 @@ def test_rounds_and_clients_come_back_as_they_went(tmp_path):
     made = folder(tmp_path)
     records = [record(1, skipped=(3, 5)), record(2, loss=None, accuracy=None, epsilon=2.5)]
     evaluations = [ClientEvaluation(1, 0, 5, 0.1, 1 / 3), ClientEvaluation(1, 4, 2, 0.2, 0.5)]
-    runs.append_round(made, records[0], evaluations)
-    runs.append_round(made, records[1], [])
+    append_round(made, records[0], evaluations)
+    append_round(made, records[1], [])
     opened = runs.open_run(made)
     assert opened.rounds() == records and opened.clients() == evaluations
     assert len((made / "rounds.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_loss_that_is_not_finite_becomes_none(tmp_path):
+def test_a_number_that_is_not_finite_becomes_none(tmp_path):
     made = folder(tmp_path)
-    runs.append_round(made, record(1, loss=float("inf"), train_loss=NAN), [])
+    append_round(made, record(1, loss=float("inf"), train_loss=NAN), [ClientEvaluation(1, 0, 2, -float("inf"), 0.5)])
     assert runs.open_run(made).rounds() == [record(1, loss=None, train_loss=None)]
+    assert runs.open_run(made).clients() == [ClientEvaluation(1, 0, 2, None, 0.5)]
+
+
+def test_lines_can_be_read_as_soon_as_they_are_added(tmp_path):
+    made = folder(tmp_path)
+    with contextlib.closing(runs.Lines(made)) as lines:
+        for round in (1, 2, 3):
+            lines.add(record(round), [ClientEvaluation(round, client, 1, 0.5, 0.5) for client in range(round)])
+            opened = runs.open_run(made)
+            assert [r.round for r in opened.rounds()] == [*range(1, round + 1)]
+            assert [e.round for e in opened.clients()] == [r for r in range(1, round + 1) for _ in range(r)]
+
+
+def test_adding_lines_does_not_wait_for_the_disk_but_sync_does_for_both_files(tmp_path, monkeypatch):
+    made, real, synced = folder(tmp_path), os.fsync, []
+    with contextlib.closing(runs.Lines(made)) as lines:
+        monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), real(file)))
+        lines.add(record(1), [ClientEvaluation(1, 0, 1, 0.5, 0.5)])
+        assert synced == []
+        lines.sync()
+    assert sorted(synced) == sorted((made / name).stat().st_ino for name in ("rounds.jsonl", "clients.jsonl"))
+
+
+def test_whoever_finds_a_round_finds_its_clients(tmp_path):
+    made = folder(tmp_path)
+    (made / "clients.jsonl").symlink_to("/dev/full")
+    lines = runs.Lines(made)
+    for what in (lambda: lines.add(record(1), [ClientEvaluation(1, 0, 1, 0.5, 0.5)]), lines.close):
+        with pytest.raises(OSError, match="No space left"):
+            what()
+    assert runs.open_run(made).rounds() == []
+
+
+@pytest.mark.parametrize("full", ["rounds.jsonl", "clients.jsonl"])
+def test_lines_that_find_no_room_are_an_error_and_both_files_are_closed(tmp_path, full):
+    made = folder(tmp_path)
+    (made / full).symlink_to("/dev/full")
+    lines = runs.Lines(made)
+    files = (lines._clients, lines._rounds)
+    for what in (lambda: lines.add(record(1), [ClientEvaluation(1, 0, 1, 0.5, 0.5)]), lines.close):
+        with pytest.raises(OSError, match="No space left"):
+            what()
+    assert all(file.closed for file in files)
 
 
 @given(st.integers(0, 400))
@@ -138,7 +188,7 @@ def test_a_loss_that_is_not_finite_becomes_none(tmp_path):
 def test_a_file_cut_off_anywhere_reads_as_its_whole_lines(tmp_path_factory, cut):
     made = folder(tmp_path_factory.mktemp("run"))
     for round in (1, 2, 3):
-        runs.append_round(made, record(round), [ClientEvaluation(round, 0, 1, 0.5, 0.5)])
+        append_round(made, record(round), [ClientEvaluation(round, 0, 1, 0.5, 0.5)])
     path = made / "rounds.jsonl"
     left = path.read_bytes()[: -1 - cut]
     path.write_bytes(left)
@@ -150,7 +200,7 @@ def test_a_file_cut_off_anywhere_reads_as_its_whole_lines(tmp_path_factory, cut)
     assert [e.round for e in runs.open_run(made).clients()] == kept
     with pytest.raises(DataError, match=rf"holds {len(kept)} rounds, the checkpoint is of round 3"):
         runs.trim(made, 3)
-    runs.append_round(made, record(3), [])  # what is added next starts on a line of its own
+    append_round(made, record(3), [])  # what is added next starts on a line of its own
     assert [r.round for r in runs.open_run(made).rounds()] == [*kept, 3]
 
 
@@ -158,7 +208,7 @@ def test_trim_drops_later_rounds_and_makes_no_files(tmp_path):
     made = folder(tmp_path)
     runs.trim(made, 0)
     assert not (made / "rounds.jsonl").exists()
-    runs.append_round(made, record(1), [])
+    append_round(made, record(1), [])
     runs.trim(made, 0)
     assert runs.open_run(made).rounds() == []
 
@@ -335,6 +385,6 @@ def test_the_final_model_comes_back(tmp_path):
 
 def test_every_field_of_a_record_is_in_its_line(tmp_path):
     made = folder(tmp_path)
-    runs.append_round(made, record(1), [])
+    append_round(made, record(1), [])
     line = json.loads(Path(made / "rounds.jsonl").read_text())
     assert list(line) == [field.name for field in dataclasses.fields(RoundRecord)]

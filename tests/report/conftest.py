@@ -1,5 +1,6 @@
 """Run folders made with the functions that a real run uses, whole and broken off at different moments."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -166,8 +167,9 @@ class Maker:
         folder = self.root / f"run-{next(self._count)}"
         folder.mkdir()
         runs.write_config(folder, conf)
-        for record in made:
-            runs.append_round(folder, record, evaluations(record, clients, conf["seed"]))
+        with contextlib.closing(runs.Lines(folder)) as lines:
+            for record in made:
+                lines.add(record, evaluations(record, clients, conf["seed"]))
         for file, content in (
             ("summary.json", with_summary),
             ("split.json", with_split),
