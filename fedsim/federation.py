@@ -13,6 +13,7 @@ from fedsim import rng
 from fedsim.data.federated import FederatedData
 from fedsim.engines.engine import Cohorts, Engine, Job, OnNan
 from fedsim.errors import RunError
+from fedsim.models.drawing import UNTOLD, Draws
 from fedsim.params import all_finite, of
 from fedsim.records import (
     Broadcast,
@@ -37,6 +38,7 @@ class Federation:
 
     clients_per_round: cohort size (fixed), or its expectation (poisson).
     eval_every: evaluate after every so many rounds, and after the last.
+    draws: of the model, to be told.
     """
 
     seed: int
@@ -48,6 +50,7 @@ class Federation:
     sampling: Sampling
     eval_every: int
     on_nan: OnNan
+    draws: Draws = UNTOLD
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,12 @@ class RoundResult:
     state: ServerState
     record: RoundRecord
     evaluations: tuple[ClientEvaluation, ...]
+
+
+def job(federation: Federation) -> Job:
+    """What an engine needs of a federation."""
+    f = federation
+    return Job(f.work, f.data, f.strategy, f.on_nan, f.clients_per_round, f.rounds)
 
 
 def start(federation: Federation) -> ServerState:
@@ -106,7 +115,7 @@ def run(
             final[0] = result.state
             on_round(result)
 
-    engine.drive(Job(federation.work, federation.data, federation.strategy, federation.on_nan), loop)
+    engine.drive(job(federation), loop)
     return final[0]
 
 
@@ -118,7 +127,7 @@ def _initial(federation: Federation, cohorts: Cohorts, state: ServerState) -> Ro
 
 def _round(federation: Federation, cohorts: Cohorts, state: ServerState, round: int) -> RoundResult:
     began = time.perf_counter()
-    chosen = [int(client) for client in cohort(federation, round)]
+    chosen: list[int] = cohort(federation, round).tolist()
     states = {client: state.clients[client] for client in chosen if client in state.clients}
     broadcast = _broadcast(federation, state, round)
     result = cohorts.run_cohort(broadcast, chosen, states, rng.fold(federation.seed, "round", round))

@@ -124,6 +124,23 @@ class ClientUpdate:
 
 
 @dataclass(frozen=True)
+class StackedUpdate:
+    """What several clients send, in one record: tensors (clients, *shape), one lane for each of ``clients``, in order.
+
+    metrics: one number per client. states: (clients, *shape) as well; {} if they keep none.
+    bytes_up: what all of them send, serialised.
+    """
+
+    clients: tuple[int, ...]
+    update: Params
+    buffers: Params
+    num_examples: tuple[int, ...]
+    metrics: dict[str, tuple[float, ...]]
+    states: Params
+    bytes_up: int
+
+
+@dataclass(frozen=True)
 class CohortUpdate:
     """What an engine returns for one round: the aggregate, not the single updates.
 

@@ -1,13 +1,14 @@
 """The plain loop: one client after another. It defines what every other engine must return."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedsim import wire
-from fedsim.engines.engine import Cohorts, Job, client_key, collect
+from fedsim.engines.engine import Cohorts, Job, client_key
+from fedsim.engines.folding import alone, blocks, fold, join
 from fedsim.errors import ClientError
-from fedsim.records import Broadcast, ClientUpdate, CohortUpdate, Examples, Params
+from fedsim.records import Broadcast, ClientUpdate, CohortUpdate, Examples, Params, StackedUpdate
 from fedsim.training.client import train_client
 from fedsim.training.evaluate import Scores, score
 
@@ -22,17 +23,14 @@ class Loop:
         self, broadcast: Broadcast, clients: Sequence[int], states: Mapping[int, Params], key: int
     ) -> CohortUpdate:
         """See ``Cohorts.run_cohort``."""
-        sent = [0]
 
-        def results() -> Iterator[ClientUpdate]:
-            for client in sorted(clients):
-                state = states.get(client) or self.job.strategy.local.init(broadcast.params)
-                result = self._train(broadcast, client, state, client_key(key, client))
-                sent[0] += len(wire.encode_update(result))
-                yield result
+        def train(client: int) -> StackedUpdate:
+            state = states.get(client) or self.job.strategy.local.init(broadcast.params)
+            return alone(self._train(broadcast, client, state, client_key(key, client)))
 
-        down = len(wire.encode_broadcast(broadcast)) * len(clients)
-        return collect(self.job, broadcast, results(), bytes_up=lambda: sent[0], bytes_down=down)
+        cohort = blocks(self.job.data.partition.offsets, clients)
+        parts = (fold(self.job, broadcast, (train(client) for client in block)) for block in cohort)
+        return join(self.job, broadcast, parts, bytes_down=wire.broadcast_bytes(broadcast) * len(clients))
 
     def _train(self, broadcast: Broadcast, client: int, state: Params, key: int) -> ClientUpdate:
         data = self.job.data.client(client)
@@ -49,6 +47,10 @@ class Loop:
 @dataclass(frozen=True)
 class Reference:
     """The engine of plain loops."""
+
+    def prepared(self, job: Job, recorded: Mapping[str, Any]) -> "Reference":
+        """See ``Engine.prepared``; there is nothing to choose."""
+        return self
 
     def drive(self, job: Job, loop: Callable[[Cohorts], None]) -> None:
         """See ``Engine.drive``."""

@@ -43,7 +43,7 @@ def job():
     owners = Partition(np.array([0, *np.cumsum(SIZES)]), rng.permutation(5, n).numpy())
     strategy = replace(fedavg(), local=counting())
     work = LocalWork(model, key_names(model), sgd(lr=0.2, momentum=0.9), strategy.local, 2, None)
-    return Job(work, FederatedData(data, data, owners, owners, data, 3, ()), strategy, "fail")
+    return Job(work, FederatedData(data, data, owners, owners, data, 3, ()), strategy, "fail", 2, 1)
 
 
 def broadcast_of(job):

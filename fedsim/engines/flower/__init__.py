@@ -6,7 +6,7 @@ imports none of them before a run starts, so that a table of engines costs nothi
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
@@ -21,6 +21,10 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 @dataclass(frozen=True)
 class InProcess:
     """The engine of Flower messages inside one process."""
+
+    def prepared(self, job: Job, recorded: Mapping[str, Any]) -> "InProcess":
+        """See ``Engine.prepared``; there is nothing to choose."""
+        return self
 
     def drive(self, job: Job, loop: Callable[[Cohorts], None]) -> None:
         """See ``Engine.drive``. The loop runs inside a ServerApp; what it raises comes out unchanged."""

@@ -3,7 +3,6 @@
 The apps know no runtime. ``run_in_process`` puts them on the in-process grid.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,12 +10,13 @@ from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedsim.engines.engine import Cohorts, Job, client_key, collect
+from fedsim.engines.engine import Cohorts, Job, client_key
 from fedsim.engines.flower import messages as m
 from fedsim.engines.flower.grid import ClientAppError, InProcessGrid
 from fedsim.engines.flower.process import RUN_ID, SERVER_NODE, quiet_log, task_identity
+from fedsim.engines.folding import alone, blocks, fold, join
 from fedsim.errors import ClientError
-from fedsim.records import Broadcast, ClientUpdate, CohortUpdate, Examples, Params
+from fedsim.records import Broadcast, ClientUpdate, CohortUpdate, Examples, Params, StackedUpdate
 from fedsim.training.client import train_client
 from fedsim.training.evaluate import Scores, score
 
@@ -73,19 +73,20 @@ class GridCohorts:
         self, broadcast: Broadcast, clients: Sequence[int], states: Mapping[int, Params], key: int
     ) -> CohortUpdate:
         """See ``Cohorts.run_cohort``. Bytes are those of message contents as Flower serialises them."""
-        packed, received = m.pack_broadcast(broadcast), [0]
-        contents = {k: m.train_content(packed, k, client_key(key, k)) for k in sorted(clients)}
+        packed = m.pack_broadcast(broadcast)
+        cohort = blocks(self.job.data.partition.offsets, clients)
+        contents = {k: m.train_content(packed, k, client_key(key, k)) for block in cohort for k in block}
 
-        def results() -> Iterator[ClientUpdate]:
-            for start in range(0, len(contents), CHUNK):
-                chunk = dict(itertools.islice(contents.items(), start, start + CHUNK))
+        def results(block: Sequence[int]) -> Iterator[StackedUpdate]:
+            for start in range(0, len(block), CHUNK):
+                chunk = {k: contents[k] for k in block[start : start + CHUNK]}
                 self.states.update({self.nodes[k]: m.state_content(states.get(k, {})) for k in chunk})
                 for client, content in self._exchange(chunk, broadcast.round):
-                    received[0] += m.content_bytes(content)
-                    yield self._update(content, broadcast, client)
+                    yield alone(self._update(content, broadcast, client), m.content_bytes(content))
 
         down = sum(m.content_bytes(content) for content in contents.values())
-        return collect(self.job, broadcast, results(), bytes_up=lambda: received[0], bytes_down=down)
+        parts = (fold(self.job, broadcast, results(block)) for block in cohort)
+        return join(self.job, broadcast, parts, bytes_down=down)
 
     def evaluate(self, broadcast: Broadcast, examples: Examples) -> Scores:
         """See ``Cohorts.evaluate``; on the server, like in every engine."""

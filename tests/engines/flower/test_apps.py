@@ -36,7 +36,7 @@ def results(federation: Federation, engine: Engine, state: ServerState | None = 
 
 
 def job(federation: Federation) -> Job:
-    return Job(federation.work, federation.data, federation.strategy, federation.on_nan)
+    return Job(federation.work, federation.data, federation.strategy, federation.on_nan, 2, 1)
 
 
 def assert_equal(a: Results, b: Results) -> None:
@@ -140,13 +140,13 @@ def other_client(message: Message) -> Message:
     [
         (stranger(lambda m: Message(m.content, reply_to=m)), "the reply is not a valid update: not a fedsim message"),
         (stranger(lambda m: Message(RecordDict(), reply_to=m)), "the reply is not a valid update: the message has no"),
-        (stranger(other_client), "the reply is not a valid update: the update is of client 1"),
+        (stranger(other_client), "the reply is not a valid update: the update is of client"),
         (stranger(lambda m: Message(Error(8, "the node is gone"), reply_to=m)), "the node is gone"),
         (ClientApp(), "ValueError: No train function registered with name 'default'"),
     ],
 )
 def test_a_reply_that_is_no_update_becomes_a_client_error(federation: Make, app: ClientApp, what: str) -> None:
-    with pytest.raises(ClientError, match=f"^round 1, client 0: {what}"):
+    with pytest.raises(ClientError, match=rf"^round 1, client \d: {what}"):
         cohort_of(federation(), app)
 
 
