@@ -26,7 +26,7 @@ def describe(engine: dict[str, Any]) -> dict[str, Any]:
         **{name: _version(name) for name in _PACKAGES},
         "platform": platform.platform(),
         "host": socket.gethostname(),
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": "cpu",
@@ -43,7 +43,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu() -> str:
+def cpu() -> str:
     """The processor's name; Linux alone tells it in a file."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

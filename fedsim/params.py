@@ -145,6 +145,11 @@ def weighted_mean(stacked: Params, weights: Tensor) -> Params:
     return {name: torch.tensordot(share.to(t.dtype), t, dims=1) for name, t in stacked.items()}
 
 
+def to(a: Params, device: torch.device) -> Params:
+    """The tensors on a device; those that are there already are not copied."""
+    return {name: tensor.to(device) for name, tensor in a.items()}
+
+
 def separate(tensor: Tensor) -> Tensor:
     """A contiguous copy. safetensors refuses tensors that share memory, which pure functions may well return."""
     return tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import yaml
 
 import fedsim
 from fedsim import params as p
-from fedsim import rng, runs
+from fedsim import recording, rng, runs
 from fedsim.config import build, load
 from fedsim.engines import reference
 from fedsim.engines.engine import Job
@@ -102,6 +103,7 @@ def config(**train):
         "model": {"name": "mlp", "hidden": [12], "dropout": 0.3},
         "train": {**TRAIN, **train},
         "strategy": "test_control:control",
+        "engine": "reference",  # of which some tests break single clients
         "output": "runs",
     }
 
@@ -286,26 +288,28 @@ def test_a_run_interrupted_inside_a_round_goes_on_as_if_nothing_had_been(whole, 
     assert_equal(fedsim.resume(folders[0]).folder, whole.folder)
 
 
-@pytest.mark.parametrize("step", ["append_round", "save_checkpoint", "save_model"])
-def test_a_run_that_stopped_while_it_wrote_goes_on_as_if_nothing_had_been(whole, monkeypatch, step):
+@pytest.mark.parametrize(("step", "whole_calls"), [("add", 1), ("save_checkpoint", 2), ("save_model", 0)])
+def test_a_run_that_stopped_while_it_wrote_goes_on_as_if_nothing_had_been(whole, monkeypatch, step, whole_calls):
     """As after a crash: the lines of round 2 are there, or half of them, but not its checkpoint; or the last model."""
-    real, calls = getattr(runs, step), []
+    where = runs.Lines if step == "add" else runs
+    real, calls, folders = getattr(where, step), [], []
 
-    def crash(folder, *args):
+    def crash(*args):
         calls.append(args)
-        if len(calls) == (1 if step == "save_model" else 3 if step == "save_checkpoint" else 2):
-            if step == "append_round":
-                real(folder, *args)
-                for name in ("rounds.jsonl", "clients.jsonl"):
-                    (folder / name).write_bytes((folder / name).read_bytes()[:-20])
-            raise KeyboardInterrupt
-        real(folder, *args)
+        if len(calls) <= whole_calls:
+            return real(*args)
+        if step == "add":
+            real(*args)
+            for name in ("rounds.jsonl", "clients.jsonl"):
+                os.truncate(folders[0] / name, (folders[0] / name).stat().st_size - 20)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, step, crash)
-    folders = []
-    with pytest.raises(KeyboardInterrupt):
-        fedsim.run(config(), on_start=lambda run, federation: folders.append(run.folder.resolve()))
-    monkeypatch.setattr(runs, step, real)
+    with monkeypatch.context() as patched:
+        patched.setattr(recording, "due", lambda last, now: True)
+        patched.setattr(where, step, crash)
+        with pytest.raises(KeyboardInterrupt):
+            fedsim.run(config(), on_start=lambda run, federation: folders.append(run.folder.resolve()))
+    assert runs.load_checkpoint(folders[0]).round == {"add": 1, "save_checkpoint": 1, "save_model": 4}[step]
     assert_equal(fedsim.resume(folders[0]).folder, whole.folder)
 
 
@@ -322,32 +326,55 @@ def _stop_at(record, round):
         raise Stopped
 
 
+@pytest.mark.parametrize(("saved", "done"), [(0, 1), (0, 3), (0, 4), (1, 2), (1, 4), (2, 3), (3, 4)])
+def test_what_a_killed_run_leaves_goes_on_from_its_last_checkpoint(whole, tmp_path, monkeypatch, saved, done):
+    """The folder as it is after round ``done``, with the checkpoint of round ``saved``: all that ``kill -9`` leaves."""
+    left, folders = tmp_path / "left", []
+
+    def on_round(record):
+        if record.round == done:
+            shutil.copytree(folders[0], left, ignore=shutil.ignore_patterns(".lock"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recording, "due", lambda last, now: len(runs.RunFolder(folders[0]).rounds()) == saved)
+        fedsim.run(config(), on_start=lambda run, federation: folders.append(run.folder), on_round=on_round)
+    assert runs.load_checkpoint(left).round == saved and len(runs.open_run(left).rounds()) == done
+    assert json.loads((left / "summary.json").read_text())["status"] == "running"
+    assert_equal(fedsim.resume(left).folder, whole.folder)
+
+
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(whole, place):
-    """SIGKILL of the process in the middle of round 3, in which each step of a client takes at least 20 ms."""
-    code = f"import fedsim; fedsim.run({config()!r} | {{'output': 'killed'}})"
+@pytest.mark.parametrize(("pause", "saved"), [(0, 2), (3600, 0)])
+def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(whole, place, pause, saved):
+    """SIGKILL in the middle of round 3, in which each step of a client takes at least 20 ms."""
+    code = f"""
+import fedsim
+from fedsim import recording
+recording.PAUSE_S, recording.PAUSE_WRITES = {pause}, 0
+fedsim.run({config()!r} | {{'output': 'killed-{pause}'}})
+"""
     process = subprocess.Popen([sys.executable, "-c", code], cwd=place, env={**os.environ, "TEST_SLEEP_S": "0.02"})
     try:
         deadline = time.monotonic() + 60
-        while len(_written(place)) < 2:
+        while len(_written(place, f"killed-{pause}")) < 2:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(0.1)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    (folder,) = (place / "killed").iterdir()
+    (folder,) = (place / f"killed-{pause}").iterdir()
     assert json.loads((folder / "summary.json").read_text())["status"] == "running"
-    assert runs.load_checkpoint(folder).round == 2
+    assert runs.load_checkpoint(folder).round == saved
     resumed = fedsim.resume(folder).folder
     written = (resumed / "config.yaml").read_text()
-    assert "output: killed" in written
-    runs.write_bytes(resumed / "config.yaml", written.replace("output: killed", "output: runs").encode())
+    assert f"output: killed-{pause}" in written
+    runs.write_bytes(resumed / "config.yaml", written.replace(f"output: killed-{pause}", "output: runs").encode())
     assert_equal(resumed, whole.folder)
 
 
-def _written(place):
-    return [line for path in place.glob("killed/*/rounds.jsonl") for line in path.read_text().splitlines()]
+def _written(place, output):
+    return [line for path in place.glob(f"{output}/*/rounds.jsonl") for line in path.read_text().splitlines()]
 
 
 def test_resuming_a_finished_run_changes_nothing(whole):
@@ -591,12 +618,12 @@ def test_a_run_folder_does_not_bring_code_of_its_own(place):
 
 def test_all_that_an_engine_needs_can_be_sent_to_another_process():
     made, _ = build.federation(load.load({**config(), "strategy": "fedavg"}))
-    job = pickle.loads(pickle.dumps(Job(made.work, made.data, made.strategy, made.on_nan)))
+    job = pickle.loads(pickle.dumps(Job(made.work, made.data, made.strategy, made.on_nan, 2, 1)))
     first = start(made)
     broadcast = Broadcast(first.params, first.buffers, {}, 1)
     one, other = (
         train_client(each.work, broadcast, 2, each.data.client(2), state={}, key=9)
-        for each in (job, Job(made.work, made.data, made.strategy, made.on_nan))
+        for each in (job, Job(made.work, made.data, made.strategy, made.on_nan, 2, 1))
     )
     assert p.same_bits(one.update, other.update)
 

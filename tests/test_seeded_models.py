@@ -99,7 +99,7 @@ def test_a_run_repeats_bit_for_bit_on_either_engine_and_says_how(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("engine", "stopped"), [("reference", 2), ("flower", 1)])
+@pytest.mark.parametrize(("engine", "stopped"), [("reference", 2), ("flower", 1), ("local", 1)])
 def test_a_run_resumed_in_the_middle_ends_with_the_same_bits(engine, stopped):
     folders = []
 

@@ -16,8 +16,8 @@ from fedsim.config.foreign import sources
 from fedsim.config.schema import Config
 from fedsim.config.tables import KINDS
 from fedsim.engines.engine import Engine
-from fedsim.errors import DataError
-from fedsim.federation import Federation, start
+from fedsim.errors import ConfigError, DataError
+from fedsim.federation import Federation, job, start
 from fedsim.params import check_alike, num_entries
 from fedsim.recording import SPLIT_DETAIL_CLIENTS, Facts, Kind, fingerprint, split_facts
 from fedsim.records import Params
@@ -28,10 +28,21 @@ def new_folder(config: Config, federation: Federation, engine: Engine, beside: P
     folder = runs.create(Path(config.output).expanduser(), config.name)
     with runs.writing(folder):
         runs.write_config(folder, config_files.resolved(config))
-        code = {"config_folder": str(beside.resolve()), "code": _code(config)}
+        code = {"config_folder": str(beside.resolve()), "code": _code(config), "model": federation.draws.record()}
         runs.write_json(folder / "environment.json", {**environment.describe(engine.describe()), **code})
         runs.write_json(folder / "split.json", split_facts(federation.data, SPLIT_DETAIL_CLIENTS))
     return folder
+
+
+def prepared(engine: Engine, federation: Federation, recorded: Mapping[str, Any]) -> Engine:
+    """The engine with its choices made; what it refuses is a mistake in the config.
+
+    recorded: what environment.json says of the engine, {} for a new run.
+    """
+    try:
+        return engine.prepared(job(federation), recorded)
+    except ValueError as error:
+        raise ConfigError(f"engine: {error}") from error
 
 
 def folder_of(config: str | Path | Mapping[str, Any]) -> Path:
@@ -70,10 +81,15 @@ def _code(config: Config) -> dict[str, str]:
     return sources(name for name in names if is_foreign(name))
 
 
+def other_code(config: Config, folder: runs.RunFolder) -> list[str]:
+    """Modules of foreign components that have changed since the run was started."""
+    before = folder.environment().get("code", {})
+    return [module for module, digest in _code(config).items() if before.get(module, digest) != digest]
+
+
 def warn_of_other_code(config: Config, folder: runs.RunFolder) -> None:
     """Somebody else's code may be mended between two halves of a run, but not without a word."""
-    before = folder.environment().get("code", {})
-    changed = [module for module, digest in _code(config).items() if before.get(module, digest) != digest]
+    changed = other_code(config, folder)
     if changed:
         warnings.warn(f"{', '.join(changed)} changed since {folder.path} was started", stacklevel=3)
 

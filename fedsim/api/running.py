@@ -105,11 +105,12 @@ def run(
     with importable(folders.folder_of(config)), folders.one_thread():
         checked = config_files.load(config, overrides)
         federation, engine = build.federation(checked, progress)
+        engine = folders.prepared(engine, federation, {})
         folder = folders.new_folder(checked, federation, engine, folders.folder_of(config))
-        recorder = Recording(folder, folders.facts_of(checked, federation), on_round or folders.ignore)
+        state = start(federation)
+        recorder = Recording(folder, folders.facts_of(checked, federation), state, on_round or folders.ignore)
         with runs.locked(folder), recorder as recording:
-            state = start(federation)
-            recording.save(state)  # from here on a run that is stopped can be resumed
+            recording.save()  # from here on a run that is stopped can be resumed
             (on_start or folders.ignore)(Run(folder), federation)
             run_rounds(federation, state, engine, recording.take)
     return Run(folder)
@@ -147,12 +148,14 @@ def resume(
         federation, engine = build.federation(checked, progress)
         folders.check_same_data(federation, opened)
         folders.warn_of_other_code(checked, opened)
+        engine = folders.prepared(engine, federation, opened.environment().get("engine", {}))
         fresh = start(federation)
         saved = {**state.params, **state.buffers}
         folders.check_fits({**fresh.params, **fresh.buffers}, saved, opened.path / "checkpoint")
         runs.trim(opened.path, state.round)
         runs.forget_end(opened.path)
-        with Recording(opened.path, folders.facts_of(checked, federation), on_round or folders.ignore) as recording:
+        facts = folders.facts_of(checked, federation)
+        with Recording(opened.path, facts, state, on_round or folders.ignore) as recording:
             runs.write_config(opened.path, config_files.resolved(checked))
             resumed = {"round": state.round, **environment.describe(engine.describe())}
             runs.add_environment(opened.path, resumed)

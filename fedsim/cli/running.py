@@ -58,7 +58,7 @@ def _shown(start: Any) -> None:
 
         def on_start(run: "Run", federation: "Federation") -> None:
             begun.append(run.folder)
-            shown.begin(_title(run), run.rounds, federation.rounds)
+            shown.begin("\n".join([_title(run), *federation.draws.told()]), run.rounds, federation.rounds)
 
         done = start(on_start=on_start, on_round=shown.round, progress=shown.loading)
     _finish(console, done)
@@ -109,7 +109,7 @@ def baseline(config: Path = CONFIG, changes: list[str] = CHANGES) -> None:
         done = api.baseline(
             config,
             parse_overrides(changes or []),
-            on_start=lambda federation: shown.begin("centralised", [], federation.rounds),
+            on_start=lambda f: shown.begin("\n".join(["centralised", *f.draws.told()]), [], f.rounds),
             on_round=shown.round,
             on_client=lambda done, clients: shown.step("clients alone", done, clients),
             progress=shown.loading,

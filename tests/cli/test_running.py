@@ -39,13 +39,43 @@ def test_a_run_prints_plain_lines_and_ends_with_its_folder(fedsim, folder):
     result = fedsim("run", "config.yaml")
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()
-    assert lines[0] == "small: digits, dirichlet split, mlp, fedavg, reference engine"
+    assert lines[0] == "small: digits, dirichlet split, mlp, fedavg, local engine"
     assert [line.split("  ")[0] for line in lines[1:3]] == ["round 1/2", "round 2/2"]
     run = only_run(folder)
     assert lines[-2].split() == ["run", f"runs/{run.name}"]
     assert lines[-1].split() == ["report", f"runs/{run.name}/report.html"]
     assert (run / "report.html").exists()
     assert "\x1b" not in result.out
+
+
+DRAWING_NET = """
+import numpy as np
+from torch import nn
+from torch.nn import functional
+class Net(nn.Module):
+    def __init__(self, input_shape, num_classes):
+        super().__init__()
+        self.drop, self.fc = nn.Dropout(0.1), nn.Linear(int(np.prod(input_shape)), num_classes)
+    def forward(self, x):
+        return functional.dropout(self.fc(self.drop(x.flatten(1))), 0.1, self.training)
+"""
+
+
+def test_what_a_model_draws_is_told_once_at_the_start_of_a_run_a_resume_and_a_baseline(fedsim, folder):
+    (folder / "drawing_net.py").write_text(DRAWING_NET)
+    told = [
+        "model: replaced dropout layer drop by a keyed one",
+        "model: draws from torch's global generator (in its forward code); its draws are seeded per client and round, "
+        "so the run repeats with the same torch version, but each client is trained by itself",
+    ]
+    first = fedsim("run", "config.yaml", "model=drawing_net:Net", "train.rounds=1")
+    longer = fedsim("resume", only_run(folder), "--rounds", "2")
+    baseline = fedsim("baseline", "config.yaml", "model=drawing_net:Net", "train.rounds=1")
+    for result in (first, longer, baseline):
+        assert (result.code, result.err) == (0, "")
+        lines = result.out.splitlines()
+        assert lines[1:3] == told and lines[3].startswith(("round 1/1", "round 2/2"))
+        assert result.out.count("model: ") == 2
 
 
 def test_overrides_reach_the_run(fedsim, folder):
@@ -126,6 +156,8 @@ def test_bad_arrays_are_named_and_nothing_is_written(fedsim, folder, arrays, mes
         ("output=config.yaml/runs", 2, "output: cannot make a run folder in config.yaml/runs: Not a directory"),
         ("output=config.yaml", 2, "output: cannot make a run folder in config.yaml: File exists"),
         ("output=/proc/x", 2, "output: cannot make a run folder in /proc/x: "),
+        ("engine.workers=0", 2, "engine.workers: must be >= 1 or 'auto', got 0"),
+        ("engine.mode=fast", 2, "engine.mode: must be 'auto', 'sequential', 'vectorised' or 'fused', got 'fast'"),
         ("model=no_such:Net", 2, "model.name: cannot import 'no_such': ModuleNotFoundError"),
     ],
 )
@@ -135,6 +167,30 @@ def test_what_is_wrong_is_found_before_anything_is_written(fedsim, command, chan
     assert (result.code, result.out, result.new) == (code, "", frozenset())
     assert result.err.startswith(f"error: {message}")
     assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode", ["sequential", "vectorised", "fused"])
+def test_the_mode_of_the_engine_can_be_given_on_the_command_line(fedsim, folder, mode):
+    result = fedsim("run", "config.yaml", f"engine.mode={mode}", "engine.workers=1")
+    assert (result.code, result.err) == (0, "")
+    engine = json.loads((only_run(folder) / "environment.json").read_text())["engine"]
+    assert (engine["mode"], engine["path"], engine["processes"]) == (mode, mode, 1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("fused", "engine: fused needs a chain of standard layers"),
+        ("vectorised", "engine: the model cannot be vectorised over clients: "),
+    ],
+)
+def test_a_mode_that_cannot_take_the_model_is_a_mistake_in_the_config(fedsim, folder, mode, message):
+    model = "resnet-8" if mode == "fused" else "branching_net:Net"
+    branching = FOREIGN_NET.replace("if self.fails_at", "if x.sum() > 0 and self.fails_at")
+    (folder / "branching_net.py").write_text(branching)
+    result = fedsim("run", "config.yaml", f"model={model}", f"engine.mode={mode}")
+    assert (result.code, result.out, result.new) == (2, "", frozenset())
+    assert result.err.startswith(f"error: {message}") and result.err.count("\n") == 1
 
 
 # ---------------------------------------------------------------- failing, stopping, going on
@@ -177,7 +233,8 @@ def test_whoever_reads_the_output_may_stop_the_run(folder, process):
 
 def test_a_run_that_fails_says_how_to_go_on(fedsim, folder):
     (folder / "worn.py").write_text(FOREIGN_NET)
-    result = fedsim("run", "config.yaml", "model={name: 'worn:Net', fails_at: 60}", "train.rounds=30")
+    change = ("model={name: 'worn:Net', fails_at: 60}", "train.rounds=30", "engine=reference")
+    result = fedsim("run", "config.yaml", *change)
     assert result.code == 4
     run = only_run(folder)
     first, second = result.err.splitlines()

@@ -1,0 +1,154 @@
+"""One step of local training for clients stacked on a leading axis, in place: three ways to do the same arithmetic.
+
+``sequential`` is the plain loop's autograd, for one client. ``vectorised`` maps it over clients with
+``torch.func.vmap``. ``fused`` is written by hand for chains of standard layers (:mod:`fedsim.training.chain`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+
+from fedsim.models.layers.keyed import step_keys
+from fedsim.records import Broadcast, Examples, Params
+from fedsim.training.chain import Chain, chain_of
+from fedsim.training.client import LocalWork, batch_loss, gradient
+from fedsim.training.local_rule import same_grads
+from fedsim.training.optimizers import OptimizerState
+
+Path = Literal["sequential", "vectorised", "fused"]
+Gradient = Callable[[Params, Params, Examples, Params], tuple[Params, Tensor]]
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """What clients hold while they train: tensors (clients, *shape), changed in place by every step."""
+
+    local: Params
+    buffers: Params
+    optimizer: OptimizerState
+    states: Params
+
+    def first(self, n: int) -> "Lanes":
+        """The first n clients (views)."""
+
+        def cut(tensors: Params) -> Params:
+            return {name: tensor[:n] for name, tensor in tensors.items()}
+
+        optimizer = {part: cut(tensors) for part, tensors in self.optimizer.items()}
+        return Lanes(cut(self.local), cut(self.buffers), optimizer, cut(self.states))
+
+
+@dataclass(frozen=True)
+class Now:
+    """What all lanes are given for one step.
+
+    batch: inputs and labels (clients, batch, ...); labels of padding are -100.
+    keys: int64 (clients,). t: 1, 2, ... since the round began.
+    """
+
+    batch: Examples
+    keys: Tensor
+    t: int
+    broadcast: Broadcast
+
+
+class Step(NamedTuple):
+    """copies: (global params, clients) -> local params (clients, *shape), in the memory layout that ``take`` likes.
+
+    take: makes one step in place; mean losses (clients,) before it.
+    """
+
+    copies: Callable[[Params, int], Params]
+    take: Callable[[Lanes, Now], Tensor]
+
+
+def copies(params: Params, clients: int) -> Params:
+    """A copy for each client: (clients, *shape)."""
+    return {name: tensor.expand(clients, *tensor.shape).clone() for name, tensor in params.items()}
+
+
+def step_of(work: LocalWork, path: Path, *, compiled: bool = False) -> Step:
+    """The step of a path.
+
+    compiled: let ``torch.compile`` make code of the vectorised gradient, for one client too. The first step of every
+        shape of batch takes tens of seconds.
+
+    Raises:
+        ValueError: the path cannot take this model.
+    """
+    if compiled and path != "fused":
+        return Step(copies, partial(_by_gradient, work, torch.compile(partial(_mapped, work))))
+    match path:
+        case "sequential":
+            return Step(copies, partial(_by_gradient, work, partial(_alone, work)))
+        case "vectorised":
+            return Step(copies, partial(_by_gradient, work, partial(_mapped, work)))
+    chain = chain_of(work.model)
+    if chain is None:
+        raise ValueError("the model is not a chain of layers that can be fused")
+    if work.optimizer.folded is not None and work.rule.correct is same_grads:
+        return Step(chain.stacked, partial(_folded, work, chain))
+    return Step(chain.stacked, partial(_by_gradient, work, partial(_chained, chain)))
+
+
+def _by_gradient(work: LocalWork, find: Gradient, lanes: Lanes, now: Now) -> Tensor:
+    grads, losses = find(lanes.local, lanes.buffers, now.batch, step_keys(work.key_names, now.keys))
+    grads = _corrected(work, grads, lanes, now.broadcast)
+    work.optimizer.step_(lanes.local, grads, lanes.optimizer, now.t, work.schedule(now.broadcast.round))
+    return losses
+
+
+def _folded(work: LocalWork, chain: Chain, lanes: Lanes, now: Now) -> Tensor:
+    folded = work.optimizer.folded
+    assert folded is not None  # as step_of saw
+    lr, keys = folded.lr * work.schedule(now.broadcast.round), step_keys(work.key_names, now.keys)
+    return chain.step_(lanes.local, now.batch.inputs, now.batch.labels, keys, lr=lr, weight_decay=folded.weight_decay)
+
+
+def _corrected(work: LocalWork, grads: Params, lanes: Lanes, broadcast: Broadcast) -> Params:
+    """What the strategy makes of the gradients of each client."""
+    if work.rule.correct is same_grads:
+        return grads
+
+    def one(grads: Params, local: Params, state: Params) -> Params:
+        return work.rule.correct(grads, local, broadcast, state)
+
+    if next(iter(grads.values())).shape[0] == 1:
+        return _stacked(one(_only(grads), _only(lanes.local), _only(lanes.states)))
+    corrected: Params = vmap(one)(grads, lanes.local, lanes.states)
+    return corrected
+
+
+def _alone(work: LocalWork, local: Params, buffers: Params, batch: Examples, keys: Params) -> tuple[Params, Tensor]:
+    one = Examples(batch.inputs[0], batch.labels[0])
+    grads, loss = gradient(work, _only(local), _only(buffers), one, _only(keys))
+    return _stacked(grads), loss[None]
+
+
+def _mapped(work: LocalWork, local: Params, buffers: Params, batch: Examples, keys: Params) -> tuple[Params, Tensor]:
+    def loss(local: Params, buffers: Params, inputs: Tensor, labels: Tensor, keys: Params) -> tuple[Tensor, Params]:
+        own = {name: buffer.clone() for name, buffer in buffers.items()}  # vmap forbids changing what it maps over
+        return batch_loss(work, local, own, Examples(inputs, labels), keys), own
+
+    mapped = vmap(grad_and_value(loss, has_aux=True))
+    grads, (losses, moved) = mapped(local, buffers, batch.inputs, batch.labels, keys)
+    for name, buffer in buffers.items():
+        buffer.copy_(moved[name])
+    return grads, losses
+
+
+def _chained(chain: Chain, local: Params, buffers: Params, batch: Examples, keys: Params) -> tuple[Params, Tensor]:
+    return chain.gradient(local, batch.inputs, batch.labels, keys)
+
+
+def _only(tensors: Params) -> Params:
+    return {name: tensor[0] for name, tensor in tensors.items()}
+
+
+def _stacked(tensors: Params) -> Params:
+    return {name: tensor[None] for name, tensor in tensors.items()}
