@@ -1,6 +1,6 @@
 """fedsim: federated learning, simulated from one YAML file, exactly repeatable.
 
-``run``, ``resume``, ``load``, ``split`` and ``baseline`` are described in :mod:`fedsim.api`.
+``run``, ``resume``, ``load``, ``verify``, ``split``, ``baseline`` and ``bench`` are described in :mod:`fedsim.api`.
 
 >>> import fedsim
 >>> run = fedsim.run("configs/quickstart.yaml", {"train.rounds": 5})  # doctest: +SKIP
@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedsim.api import Run as Run
     from fedsim.api import baseline as baseline
+    from fedsim.api import bench as bench
     from fedsim.api import load as load
     from fedsim.api import resume as resume
     from fedsim.api import run as run
     from fedsim.api import split as split
+    from fedsim.api import verify as verify
 
 __version__ = "0.1.0"
-__all__ = ["Run", "baseline", "load", "resume", "run", "split"]
+__all__ = ["Run", "baseline", "bench", "load", "resume", "run", "split", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,22 @@
 """The Python API, as ``import fedsim`` offers it. The command line stands on it."""
 
 from fedsim.api.baselining import Baselines, baseline
+from fedsim.api.benching import Bench, bench
 from fedsim.api.running import Run, load, resume, run
 from fedsim.api.splitting import Split, split
+from fedsim.api.verifying import Verification, verify
 
-__all__ = ["Baselines", "Run", "Split", "baseline", "load", "resume", "run", "split"]
+__all__ = [
+    "Baselines",
+    "Bench",
+    "Run",
+    "Split",
+    "Verification",
+    "baseline",
+    "bench",
+    "load",
+    "resume",
+    "run",
+    "split",
+    "verify",
+]

@@ -12,7 +12,7 @@ import click
 import typer
 
 from fedsim import __version__
-from fedsim.cli import looking, running
+from fedsim.cli import checking, looking, running
 from fedsim.errors import ConfigError, FedsimError
 
 INTERRUPTED = 130
@@ -26,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 running.add_to(app)
+checking.add_to(app)
 looking.add_to(app)
 
 
@@ -43,7 +44,7 @@ def _root(version: bool = typer.Option(False, "--version", callback=_version, is
 def main() -> NoReturn:
     """Entry point: run a command, turn errors into one clear message and an exit code.
 
-    0 ok, 2 bad config or usage, 3 bad or missing data, 4 the run failed, 130 interrupted.
+    0 ok, 1 a run that does not verify, 2 bad config or usage, 3 bad or missing data, 4 the run failed, 130 interrupted.
     """
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1

@@ -7,7 +7,7 @@ import fedsim as package
 from fedsim import api
 from fedsim.errors import ClientError, ConfigError, RunError
 
-COMMANDS = ["run", "resume", "baseline", "report", "compare", "split", "list", "schema"]
+COMMANDS = ["run", "resume", "baseline", "verify", "bench", "report", "compare", "split", "list", "schema"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
@@ -61,7 +61,7 @@ def test_help_is_quick_for_it_imports_no_torch():
         (["run", "config.yaml", "--fast"], "error: No such option '--fast' (fedsim run --help shows how)"),
         (["resume", "x", "--rounds", "many"], "error: Invalid value for '--rounds': 'many' is not a valid int"),
         (["compare"], "error: Missing argument 'RUN...' (fedsim compare --help shows how)"),
-        (["list", "splitz"], "error: KIND: must be one of keys, datasets, splits, models, optimizers, "),
+        (["list", "splitz"], "error: KIND: must be one of keys, datasets, splits, models, optimizers, schedules"),
         (["run", "nowhere.yaml"], "error: nowhere.yaml: no such file"),
         (["run", "config.yaml", "train.rounds"], "error: override train.rounds: must be written key.path=value"),
         (["split", "config.yaml", "--picture", "no/a.png"], "error: --picture: must be a file in a folder that exists"),
