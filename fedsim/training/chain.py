@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.records import IGNORED, Params
-from fedsim.training.chain_layers import Collect, Descend, Keys, Layer, Sink
+from fedsim.training.chain_layers import Collect, Descend, Keys, Layer, Sink, of_clients
 from fedsim.training.chain_modules import has_parameters, layers_of, takes_one_client
 
-_Part = tuple[Params, Tensor, Tensor, Keys]
 _MEAN = 1  # of the reductions of nll_loss
 _nll_loss, _nll_loss_backward = torch.ops.aten.nll_loss_forward.default, torch.ops.aten.nll_loss_backward.default
 
@@ -45,12 +44,8 @@ class Chain:
         Returns:
             Gradients (clients, *shape) in the order of ``local``, and losses (clients,).
         """
-        found: list[tuple[Params, Tensor]] = []
-        for part in self._parts(local, inputs, labels, keys):
-            gradients: Params = {}
-            losses = self._pass(*part, Collect(gradients))
-            found.append(({name: gradients[name] for name in local}, losses))
-        return found[0] if len(found) == 1 else _joined(found)
+        gradients = {name: torch.empty_like(tensor) for name, tensor in local.items()}
+        return gradients, self._backward(local, inputs, labels, keys, Collect(gradients))
 
     def step_(
         self, local: Params, inputs: Tensor, labels: Tensor, keys: Keys, *, lr: float, weight_decay: float
@@ -70,25 +65,22 @@ class Chain:
             with torch.inference_mode():  # each call of torch is quicker in it
                 losses = self.step_(local, inputs, labels, keys, lr=lr, weight_decay=weight_decay)
             return losses.clone()  # what was made in inference mode may not be changed outside
-        keep = 1.0 - lr * weight_decay
-        parts = self._parts(local, inputs, labels, keys)
-        found = [self._pass(*part, Descend(part[0], lr, keep)) for part in parts]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return self._backward(local, inputs, labels, keys, Descend(local, lr, 1.0 - lr * weight_decay))
 
     def stacked(self, params: Params, clients: int) -> Params:
         """``clients`` fresh copies of each tensor, (clients, *shape), in the memory layout that is fastest here."""
         return {name: _copies(tensor, clients) for name, tensor in params.items()}
 
-    def _parts(self, local: Params, inputs: Tensor, labels: Tensor, keys: Keys) -> list[_Part]:
-        """What goes through the layers at once: all clients, or one (views), without the padding at its end."""
+    def _backward(self, local: Params, inputs: Tensor, labels: Tensor, keys: Keys, sink: Sink) -> Tensor:
+        """All clients at once, or each as a stack of one, without the padding at its end; returns the losses."""
         if not self.one_by_one:
-            return [(local, inputs, labels, keys)]
-        parts: list[_Part] = []
+            return self._pass(local, inputs, labels, keys, sink)
+        losses = []
         for c, counted in enumerate(labels != IGNORED):
             one, rows = slice(c, c + 1), int(counted.nonzero()[-1]) + 1
-            own, own_keys = ({name: t[one] for name, t in group.items()} for group in (local, keys))
-            parts.append((own, inputs[one, :rows], labels[one, :rows], own_keys))
-        return parts
+            own, own_keys = of_clients(local, one), of_clients(keys, one)
+            losses.append(self._pass(own, inputs[one, :rows], labels[one, :rows], own_keys, sink.of_clients(one)))
+        return losses[0] if len(losses) == 1 else torch.cat(losses)
 
     def _pass(self, local: Params, inputs: Tensor, labels: Tensor, keys: Keys, sink: Sink) -> Tensor:
         """Forward and backward; returns the losses."""
@@ -113,11 +105,6 @@ def chain_of(model: nn.Module) -> Chain | None:
         return None
     first = next(i for i, layer in enumerate(layers) if has_parameters(layer))
     return Chain(layers[:first], layers[first:], any(map(takes_one_client, layers)))
-
-
-def _joined(found: list[tuple[Params, Tensor]]) -> tuple[Params, Tensor]:
-    gradients, losses = zip(*found, strict=True)
-    return {name: torch.cat([g[name] for g in gradients]) for name in gradients[0]}, torch.cat(losses)
 
 
 def _copies(tensor: Tensor, clients: int) -> Tensor:

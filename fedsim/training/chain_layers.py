@@ -35,20 +35,27 @@ class Sink(Protocol):
     def add(self, name: str, gradient: Tensor) -> None:
         """A gradient (clients, *shape)."""
 
+    def of_clients(self, some: slice) -> "Sink":
+        """The sink for some of the clients."""
+
 
 @dataclass(frozen=True)
 class Collect:
-    """Keeps gradients by name."""
+    """Writes gradients into stacks (clients, *shape) that lie ready."""
 
     gradients: Params
 
     def product(self, name: str, slope: Tensor, x: Tensor) -> None:
         """See :class:`Sink`."""
-        self.gradients[name] = torch.bmm(slope.mT, x)
+        torch.bmm(slope.mT, x, out=self.gradients[name])
 
     def add(self, name: str, gradient: Tensor) -> None:
         """See :class:`Sink`."""
-        self.gradients[name] = gradient
+        self.gradients[name].copy_(gradient)
+
+    def of_clients(self, some: slice) -> "Collect":
+        """See :class:`Sink`."""
+        return Collect(of_clients(self.gradients, some))
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,15 @@ class Descend:
         if self.keep != 1.0:
             weight.mul_(self.keep)
         weight.add_(gradient, alpha=-self.lr)
+
+    def of_clients(self, some: slice) -> "Descend":
+        """See :class:`Sink`."""
+        return Descend(of_clients(self.local, some), self.lr, self.keep)
+
+
+def of_clients(stacks: Keys, some: slice) -> Params:
+    """Views of the stacks of some clients."""
+    return {name: stack[some] for name, stack in stacks.items()}
 
 
 class Layer(Protocol):

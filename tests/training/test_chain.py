@@ -116,6 +116,29 @@ def test_dropout_of_feature_maps_draws_what_the_layer_draws(clients, dtype):
     assert_is_autograd(between, (2, 5, 5), clients, 1e-12 if dtype == torch.float64 else 1e-5, dtype=dtype)
 
 
+ODD = {
+    "grey": lambda: [nn.Conv2d(1, 3, (2, 3), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), nn.Tanh()],
+    "grey later": lambda: [nn.Conv2d(2, 1, 3), nn.ReLU(), nn.Conv2d(1, 4, 2, bias=False), nn.ReLU()],
+    "groups": lambda: [nn.Conv2d(2, 4, 3, groups=2, stride=(1, 2)), nn.Tanh(), nn.Conv2d(4, 4, 2, dilation=2)],
+    "borders not counted": lambda: [nn.Conv2d(2, 3, 2), nn.AvgPool2d(3, padding=1, count_include_pad=False)],
+    "other divisor": lambda: [nn.Conv2d(2, 3, 2), nn.ReLU(), nn.AvgPool2d((2, 3), stride=1, divisor_override=5)],
+    "pool of dropout": lambda: [nn.Conv2d(2, 3, 2), Dropout(0.6), nn.MaxPool2d(2, stride=(1, 2), padding=1)],
+    "norm before pools": lambda: [nn.GroupNorm(1, 2), nn.MaxPool2d((2, 3), 1), nn.GroupNorm(2, 2), nn.AvgPool2d(2)],
+    "norm first": lambda: [nn.GroupNorm(2, 2), nn.Conv2d(2, 3, 2), nn.ReLU()],
+    "no parameters first": lambda: [nn.ReLU(), nn.MaxPool2d(2), nn.Tanh(), Dropout(0.2), nn.Conv2d(2, 3, 2)],
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_options_of_layers_mean_what_they_mean_to_torch(name):
+    with rng.torch_seeded(9):
+        layers = ODD[name]()
+        shape = (1 if name == "grey" else 2, 6, 7)
+        features = nn.Sequential(*layers, nn.Flatten()).eval()(torch.ones(1, *shape)).numel()
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, CLASSES))
+    assert_is_autograd(model, shape, 2, 1e-12, counts=[4, 2])
+
+
 @pytest.mark.parametrize("clients", [1, 2])
 def test_logits_may_come_from_a_pool(clients):
     with rng.torch_seeded(9):
@@ -359,9 +382,17 @@ def small(*layers):
     return nn.Sequential(nn.Linear(4, 4), *layers, nn.Linear(4, 3))
 
 
+class Skipping(nn.Sequential):
+    """A subclass of the container."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
 SHARED = nn.Linear(4, 4)
 NO_CHAINS = {
     "subclass": lambda: small(OtherLinear(4, 4)),
+    "subclass of the container": lambda: small(Skipping(nn.Linear(4, 4))),
     "batch norm": lambda: small(nn.BatchNorm1d(4)),
     "other layer": lambda: small(nn.GELU()),
     "torch's dropout": lambda: small(nn.Dropout(0.5)),

@@ -169,7 +169,7 @@ class Pool:
             [sys.executable, "-c", _START, *arguments],
             stdin=subprocess.DEVNULL,
             pass_fds=[there.fileno(), *memories.fds()],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         there.close()
         with suppress(ConnectionError):
