@@ -216,10 +216,10 @@ def choice(key: Tensor | int, n: int, k: int) -> Tensor:
 
 @contextlib.contextmanager
 def torch_seeded(key: int) -> Iterator[None]:
-    """Let code that draws from torch's global generator (a module's constructor) draw from ``key`` instead.
+    """Let code that draws from torch's global generator (a constructor, a user's forward) draw from ``key`` instead.
 
     The global state is put back on leaving, so nothing outside sees that anything was drawn. This is the one place
-    where fedsim touches that generator; a constructor gives it no other way in. The generator takes the lower 32 bits.
+    where fedsim touches that generator; such code gives it no other way in. The generator takes the lower 32 bits.
     """
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(torch.Generator().manual_seed(_signed(key & _MASK)).get_state())
