@@ -3,6 +3,7 @@ import json
 import pytest
 
 from fedsim.api import benching
+from fedsim.data.locations import cache_folder
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +69,7 @@ def test_bench_shows_a_table_and_writes_nothing(fedsim):
 
 def test_bench_tells_of_another_engine_and_of_a_memory_that_disagrees(fedsim, folder):
     fedsim("run", "config.yaml")
-    (file,) = benching.cache_folder("plans").iterdir()
+    (file,) = cache_folder("plans").iterdir()
     file.write_text(json.dumps({"path": "vectorised", "chunk": 1, "speeds": {}}))
     shown = fedsim("bench", "config.yaml").out
     assert "vectorised, 1 client, which runs take; to have it measured anew, remove " in shown
