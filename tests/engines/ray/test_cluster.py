@@ -34,7 +34,7 @@ def test_a_private_ray_is_gone_after_the_run_whatever_happens(monkeypatch, own_r
 
 
 def test_a_client_of_the_cluster_gives_the_same_bits(cluster, same):
-    """Ray's client server forks while gRPC is at work, which now and then leaves it hanging or dead: asked again then."""
+    """Ray's client server forks while gRPC is at work, which leaves it hanging or dead at times: asked again then."""
     for attempt in range(3):
         try:
             same(ray(address=f"ray://127.0.0.1:{cluster.client_port}", mode="sequential"))
