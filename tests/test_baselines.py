@@ -9,9 +9,10 @@ import torch
 import fedsim
 from fedsim.baselines import centralised, each_alone, merged, train_centralised
 from fedsim.config import build, load
-from fedsim.errors import DataError
+from fedsim.errors import ConfigError, DataError
 from fedsim.federation import start
 from fedsim.rng import fold
+from fedsim.runs import open_run
 from fedsim.training.client import train_client
 from fedsim.training.evaluate import score
 
@@ -103,3 +104,29 @@ def test_the_baselines_of_a_config_are_two_folders(tmp_path, monkeypatch):
     for run in (both.centralised, both.alone):
         with pytest.raises(DataError, match="a baseline has no checkpoint and cannot be resumed"):
             fedsim.resume(run.folder, rounds=9)
+
+
+def test_what_the_engine_refuses_is_said_before_a_folder_is_made(tmp_path):
+    raw = {
+        "data": {"dataset": "digits", "clients": 3},
+        "model": "resnet-8",
+        "engine": {"name": "local", "mode": "fused"},
+        "output": str(tmp_path),
+    }
+    with pytest.raises(ConfigError, match=r"^engine: fused needs a chain of standard layers"):
+        fedsim.baseline(raw)
+    assert not any(tmp_path.iterdir())
+
+
+def test_clients_alone_start_no_workers(tmp_path):
+    raw = {
+        "data": {"dataset": "digits", "clients": 3},
+        "model": "linear",
+        "train": {"rounds": 1},
+        "engine": {"name": "local", "workers": 3},
+        "output": str(tmp_path),
+    }
+    found = fedsim.baseline(raw)
+    for run in (found.centralised, found.alone):
+        engine = open_run(run.folder).environment()["engine"]
+        assert engine["processes"] == 1 and engine["path"] in ("fused", "sequential", "vectorised")

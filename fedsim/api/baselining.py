@@ -7,7 +7,7 @@ from typing import Any
 
 from fedsim.api import folders
 from fedsim.api.running import Run
-from fedsim.baselines import Alone, each_alone, merged, train_centralised
+from fedsim.baselines import Alone, centralised, each_alone, merged, train_centralised
 from fedsim.config import build
 from fedsim.config import load as config_files
 from fedsim.config.foreign import importable
@@ -49,6 +49,7 @@ def baseline(
     with importable(folders.folder_of(config)), folders.one_thread():
         checked = config_files.load(config, overrides)
         federation, engine = build.federation(checked, progress)
+        engine = folders.prepared(engine, centralised(federation), {})  # clients alone are trained the same way
 
         def new(kind: Kind) -> tuple[Path, Facts]:
             named = checked.model_copy(update={"name": f"{checked.name}-{kind}"})

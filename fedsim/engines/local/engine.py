@@ -73,7 +73,8 @@ class Local:
             raise ValueError("device: a model that draws from torch's global generator trains on the cpu only")
         placed = self.placed(job)
         plan = choose(placed, self.mode, recorded, compiled=self.compile)
-        processes = self.workers if self.workers != "auto" else automatic(placed, plan)
+        asked = 1 if job.cohort == 1 else self.workers  # one client has nothing to share out
+        processes = automatic(placed, plan) if asked == "auto" else asked
         return replace(self, choices=Choices(plan, processes, mixes_examples(placed.work, placed.data.train)))
 
     def drive(self, job: Job, loop: Callable[[Cohorts], None]) -> None:
