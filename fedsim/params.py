@@ -1,6 +1,6 @@
 """Arithmetic on parameter dicts. Every function is pure and refuses dicts whose names, shapes or dtypes differ."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,16 @@ def stack(many: Sequence[Params]) -> Params:
     for other in many[1:]:
         check_alike(many[0], other)
     return {name: torch.stack([one[name] for one in many]) for name in many[0]}
+
+
+def lanes(stacked: Mapping[str, Tensor], which: int | slice | list[int]) -> Params:
+    """Part of a stack: ``tensor[which]`` of each. One lane or a slice of them are views, a list of them is copied."""
+    return {name: tensor[which] for name, tensor in stacked.items()}
+
+
+def as_stack(one: Params) -> Params:
+    """A stack (1, *shape) of one (views)."""
+    return {name: tensor[None] for name, tensor in one.items()}
 
 
 def weighted_mean(stacked: Params, weights: Tensor) -> Params:

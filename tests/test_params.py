@@ -180,3 +180,14 @@ def test_separate_is_contiguous_and_shares_nothing():
     assert part.is_contiguous() and torch.equal(part, whole.T[1:])
     part.zero_()
     assert whole.tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+
+
+def test_lanes_are_what_stacking_put_together_and_one_is_a_stack_of_itself():
+    many = [{"w": rng.normal(k, 2, 3), "b": torch.tensor(float(-k))} for k in range(4)]
+    stacked = p.stack(many)
+    assert all(p.same_bits(p.lanes(stacked, k), one) for k, one in enumerate(many))
+    assert p.same_bits(p.lanes(stacked, slice(1, 3)), p.stack(many[1:3]))
+    assert p.same_bits(p.lanes(stacked, [2, 0]), p.stack([many[2], many[0]]))
+    assert p.same_bits(p.as_stack(many[1]), p.stack(many[1:2]))
+    p.lanes(stacked, slice(0, 2))["b"].add_(7.0)  # a view
+    assert stacked["b"].tolist() == [7.0, 6.0, -2.0, -3.0]

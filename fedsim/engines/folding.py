@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsim import params as p
 from fedsim import wire
 from fedsim.engines.engine import REMEDY, Job
 from fedsim.errors import DivergedError, RunError
@@ -60,17 +61,13 @@ def alone(update: ClientUpdate, bytes_up: int | None = None) -> StackedUpdate:
     """A client's result as a stack of one; ``bytes_up`` None: what the dense codec makes of it."""
     if bytes_up is None:
         bytes_up = wire.update_bytes(update.update, update.buffers, tuple(update.metrics))
-
-    def stacked(tensors: Params) -> Params:
-        return {name: tensor[None] for name, tensor in tensors.items()}
-
     return StackedUpdate(
         clients=(update.client,),
-        update=stacked(update.update),
-        buffers=stacked(update.buffers),
+        update=p.as_stack(update.update),
+        buffers=p.as_stack(update.buffers),
         num_examples=(update.num_examples,),
         metrics={name: (value,) for name, value in update.metrics.items()},
-        states=stacked(update.state),
+        states=p.as_stack(update.state),
         bytes_up=bytes_up,
     )
 
@@ -138,7 +135,7 @@ def _added(job: Job, part: Part, result: StackedUpdate, moved: Params, lanes: li
     everybody = len(lanes) == len(result.clients)
     counts = [result.num_examples[i] for i in lanes]
     shares = [weight(job.strategy.weighting, count) for count in counts]
-    update, buffers = (own if everybody else _lanes(own, lanes) for own in (result.update, moved))
+    update, buffers = (own if everybody else p.lanes(own, lanes) for own in (result.update, moved))
     metrics = part.metrics
     for i in lanes:  # one after another, so that stacking changes no bit of a sum
         metrics = _plus(metrics, {name: values[i] * result.num_examples[i] for name, values in result.metrics.items()})
@@ -154,10 +151,6 @@ def _added(job: Job, part: Part, result: StackedUpdate, moved: Params, lanes: li
         states={**part.states, **kept},
         bytes_up=part.bytes_up + result.bytes_up,
     )
-
-
-def _lanes(tensors: Params, lanes: list[int]) -> Params:
-    return {name: tensor[lanes] for name, tensor in tensors.items()}
 
 
 def _plus(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:

@@ -11,8 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from fedsim import params as p
 from fedsim.records import IGNORED, Params
-from fedsim.training.chain_layers import Collect, Descend, Keys, Layer, Sink, of_clients
+from fedsim.training.chain_layers import Collect, Descend, Keys, Layer, Sink
 from fedsim.training.chain_modules import has_parameters, layers_of, takes_one_client
 
 _MEAN = 1  # of the reductions of nll_loss
@@ -78,7 +79,7 @@ class Chain:
         losses = []
         for c, counted in enumerate(labels != IGNORED):
             one, rows = slice(c, c + 1), int(counted.nonzero()[-1]) + 1
-            own, own_keys = of_clients(local, one), of_clients(keys, one)
+            own, own_keys = p.lanes(local, one), p.lanes(keys, one)
             losses.append(self._pass(own, inputs[one, :rows], labels[one, :rows], own_keys, sink.of_clients(one)))
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 

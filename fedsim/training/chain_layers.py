@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fedsim import params as p
 from fedsim import rng
 from fedsim.records import Params
 
@@ -55,7 +56,7 @@ class Collect:
 
     def of_clients(self, some: slice) -> "Collect":
         """See :class:`Sink`."""
-        return Collect(of_clients(self.gradients, some))
+        return Collect(p.lanes(self.gradients, some))
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,7 @@ class Descend:
 
     def of_clients(self, some: slice) -> "Descend":
         """See :class:`Sink`."""
-        return Descend(of_clients(self.local, some), self.lr, self.keep)
-
-
-def of_clients(stacks: Keys, some: slice) -> Params:
-    """Views of the stacks of some clients."""
-    return {name: stack[some] for name, stack in stacks.items()}
+        return Descend(p.lanes(self.local, some), self.lr, self.keep)
 
 
 class Layer(Protocol):

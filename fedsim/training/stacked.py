@@ -126,7 +126,7 @@ def _finished(work: LocalWork, lanes: Lanes, broadcast: Broadcast, group: Group)
         return {}
     finished = []
     for lane, size in enumerate(group.sizes):
-        local, state = ({name: tensor[lane] for name, tensor in own.items()} for own in (lanes.local, lanes.states))
+        local, state = p.lanes(lanes.local, lane), p.lanes(lanes.states, lane)
         finished.append(work.rule.finish(local, broadcast, state, _num_steps(work, size)))
     return p.stack(finished) if finished[0] else {}
 

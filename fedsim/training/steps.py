@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from fedsim import params as p
 from fedsim.models.layers.keyed import step_keys
 from fedsim.records import Broadcast, Examples, Params
 from fedsim.training.chain import Chain, chain_of
@@ -35,12 +36,8 @@ class Lanes:
 
     def first(self, n: int) -> "Lanes":
         """The first n clients (views)."""
-
-        def cut(tensors: Params) -> Params:
-            return {name: tensor[:n] for name, tensor in tensors.items()}
-
-        optimizer = {part: cut(tensors) for part, tensors in self.optimizer.items()}
-        return Lanes(cut(self.local), cut(self.buffers), optimizer, cut(self.states))
+        local, buffers, states = (p.lanes(own, slice(n)) for own in (self.local, self.buffers, self.states))
+        return Lanes(local, buffers, {part: p.lanes(own, slice(n)) for part, own in self.optimizer.items()}, states)
 
 
 @dataclass(frozen=True)
@@ -119,15 +116,15 @@ def _corrected(work: LocalWork, grads: Params, lanes: Lanes, broadcast: Broadcas
         return work.rule.correct(grads, local, broadcast, state)
 
     if next(iter(grads.values())).shape[0] == 1:
-        return _stacked(one(_only(grads), _only(lanes.local), _only(lanes.states)))
+        return p.as_stack(one(p.lanes(grads, 0), p.lanes(lanes.local, 0), p.lanes(lanes.states, 0)))
     corrected: Params = vmap(one)(grads, lanes.local, lanes.states)
     return corrected
 
 
 def _alone(work: LocalWork, local: Params, buffers: Params, batch: Examples, keys: Params) -> tuple[Params, Tensor]:
     one = Examples(batch.inputs[0], batch.labels[0])
-    grads, loss = gradient(work, _only(local), _only(buffers), one, _only(keys))
-    return _stacked(grads), loss[None]
+    grads, loss = gradient(work, p.lanes(local, 0), p.lanes(buffers, 0), one, p.lanes(keys, 0))
+    return p.as_stack(grads), loss[None]
 
 
 def _mapped(work: LocalWork, local: Params, buffers: Params, batch: Examples, keys: Params) -> tuple[Params, Tensor]:
@@ -144,11 +141,3 @@ def _mapped(work: LocalWork, local: Params, buffers: Params, batch: Examples, ke
 
 def _chained(chain: Chain, local: Params, buffers: Params, batch: Examples, keys: Params) -> tuple[Params, Tensor]:
     return chain.gradient(local, batch.inputs, batch.labels, keys)
-
-
-def _only(tensors: Params) -> Params:
-    return {name: tensor[0] for name, tensor in tensors.items()}
-
-
-def _stacked(tensors: Params) -> Params:
-    return {name: tensor[None] for name, tensor in tensors.items()}

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from fedsim import params as p
 from fedsim import rng, wire
 from fedsim.engines.engine import Job, client_key
 from fedsim.engines.folding import Part, fold
@@ -146,7 +146,7 @@ def rows_of(partition: Partition, clients: Sequence[int], sizes: Sequence[int]) 
 
 
 def _stacked_update(clients: Sequence[int], sizes: tuple[int, ...], trained: Trained) -> StackedUpdate:
-    first = [{name: tensor[0] for name, tensor in own.items()} for own in (trained.update, trained.buffers)]
+    update, buffers = p.lanes(trained.update, 0), p.lanes(trained.buffers, 0)
     return StackedUpdate(
         clients=tuple(clients),
         update=trained.update,
@@ -154,7 +154,7 @@ def _stacked_update(clients: Sequence[int], sizes: tuple[int, ...], trained: Tra
         num_examples=sizes,
         metrics={"train_loss": trained.train_loss},
         states=trained.states,
-        bytes_up=len(clients) * wire.update_bytes(first[0], first[1], ("train_loss",)),
+        bytes_up=len(clients) * wire.update_bytes(update, buffers, ("train_loss",)),
     )
 
 
@@ -167,17 +167,14 @@ def _of(results: Sequence[StackedUpdate], block: set[int]) -> Iterator[StackedUp
 
 
 def _cut(result: StackedUpdate, lanes: slice) -> StackedUpdate:
-    def cut(tensors: Params) -> dict[str, Tensor]:
-        return {name: tensor[lanes] for name, tensor in tensors.items()}
-
     clients = result.clients[lanes]
     return StackedUpdate(
         clients=clients,
-        update=cut(result.update),
-        buffers=cut(result.buffers),
+        update=p.lanes(result.update, lanes),
+        buffers=p.lanes(result.buffers, lanes),
         num_examples=result.num_examples[lanes],
         metrics={name: values[lanes] for name, values in result.metrics.items()},
-        states=cut(result.states),
+        states=p.lanes(result.states, lanes),
         bytes_up=result.bytes_up // len(result.clients) * len(clients),
     )
 
