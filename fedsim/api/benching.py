@@ -21,11 +21,10 @@ from fedsim.config import build
 from fedsim.config import load as config_files
 from fedsim.config.foreign import importable
 from fedsim.engines.engine import Job
-from fedsim.engines.folding import blocks
 from fedsim.engines.local import measuring
-from fedsim.engines.local.engine import LONG_S, Local, OneProcess, automatic, cores
-from fedsim.engines.local.plan import Plan, tasks
-from fedsim.engines.local.scoring import ranges
+from fedsim.engines.local.engine import LONG_S, Local, OneProcess, automatic, cores, expected_examples
+from fedsim.engines.local.plan import Plan
+from fedsim.engines.local.sharing import ranges, tasks_of_a_round
 from fedsim.engines.local.trainer import trainer
 from fedsim.environment import cpu
 from fedsim.errors import ConfigError
@@ -189,18 +188,12 @@ def _workers(work: Job, local: Local, plan: Plan, speed: float) -> tuple[int, st
     if local.workers != "auto":
         return local.workers, "engine.workers"
     found = automatic(work, measuring.Choice(plan, "", {measuring.name(plan): speed}))
-    alone = _trained(work) / speed
+    alone = expected_examples(work) / speed
     if work.data.train.labels.device.type != "cpu":
         return found, "the device is no cpu"
     many = "one for each core" if found == cores() else "one for each part of a round"
     rule = many if alone > LONG_S else f"from {LONG_S:g} s on there would be several"
     return found, f"one process would train for {alone:.1f} s; {rule}"
-
-
-def _trained(work: Job) -> float:
-    """Examples that the whole run is expected to train on."""
-    partition = work.data.partition
-    return len(partition.indices) / partition.num_clients * work.cohort * work.work.local_epochs * work.rounds
 
 
 def _arithmetic(work: Job, device: str, speed: float) -> Arithmetic:
@@ -234,7 +227,7 @@ def step_flops(work: Job) -> int:
 
 
 def _estimate(federation: Federation, work: Job, plan: Plan, speed: float, workers: int) -> Estimate:
-    trained, tested, test_speed = _trained(work), _tested(federation), _test_speed(work, plan)
+    trained, tested, test_speed = expected_examples(work), _tested(federation), _test_speed(work, plan)
     busy = min(workers, cores())
     at_once = _at_once(work, plan, busy)
     training_s = trained / speed / at_once
@@ -246,7 +239,7 @@ def _estimate(federation: Federation, work: Job, plan: Plan, speed: float, worke
 
 def _at_once(work: Job, plan: Plan, busy: int) -> float:
     """A round is over with its last task: with 5 tasks of one length, 4 processes are as good as 2.5."""
-    count = len(tasks(blocks(work.data.partition.offsets, range(work.cohort)), plan.chunk))
+    count = tasks_of_a_round(work, plan)
     return count / math.ceil(count / busy)
 
 

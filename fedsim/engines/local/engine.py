@@ -9,12 +9,10 @@ from typing import Any, Literal
 import torch
 
 from fedsim import params as p
-from fedsim import wire
 from fedsim.engines.engine import Cohorts, Job
-from fedsim.engines.folding import blocks, join
 from fedsim.engines.local.measuring import Choice, Mode, choose, described, mixes_examples, name
-from fedsim.engines.local.plan import tasks
 from fedsim.engines.local.pool import Pool
+from fedsim.engines.local.sharing import tasks_of_a_round, trained
 from fedsim.engines.local.trainer import Trainer, trainer
 from fedsim.records import Broadcast, CohortUpdate, Examples, Params
 from fedsim.training.evaluate import Scores, score
@@ -35,9 +33,8 @@ class OneProcess:
         job, device = self.trainer.job, self.trainer.job.data.train.labels.device
         here = on(broadcast, device)
         own = {client: p.to(state, device) for client, state in states.items()}
-        cohort = tasks(blocks(job.data.partition.offsets, clients), self.trainer.plan.chunk)
-        parts = self.trainer.train_all(here, cohort, own, key)
-        return back(join(job, here, parts, bytes_down=wire.broadcast_bytes(broadcast) * len(clients)))
+        plan, train = self.trainer.plan, self.trainer.train_all
+        return back(trained(job, plan, here, clients, lambda asked: train(here, asked, own, key)))
 
     def evaluate(self, broadcast: Broadcast, examples: Examples) -> Scores:
         """See ``Cohorts.evaluate``."""
@@ -126,13 +123,15 @@ def back(update: CohortUpdate) -> CohortUpdate:
 def automatic(job: Job, choice: Choice) -> int:
     """Processes for a run: one for each core if it is long, one alone otherwise or where the speed is not known."""
     speed = choice.speeds.get(name(choice.plan))
-    partition = job.data.partition
     if speed is None or os.name != "posix" or job.data.train.labels.device.type != "cpu":
         return 1
-    each = len(partition.indices) / partition.num_clients
-    expected_s = each * job.cohort * job.work.local_epochs * job.rounds / speed
-    shares = len(tasks(blocks(partition.offsets, range(job.cohort)), choice.plan.chunk))
-    return min(cores(), shares) if expected_s > LONG_S else 1
+    return min(cores(), tasks_of_a_round(job, choice.plan)) if expected_examples(job) / speed > LONG_S else 1
+
+
+def expected_examples(job: Job) -> float:
+    """How many examples the whole run is expected to train on, each time it sees one."""
+    partition = job.data.partition
+    return len(partition.indices) / partition.num_clients * job.cohort * job.work.local_epochs * job.rounds
 
 
 def cores() -> int:

@@ -1,5 +1,6 @@
 """Worker processes that live as long as a run: who gets which task, and what happens when one of them dies."""
 
+import itertools
 import json
 import os
 import pickle
@@ -15,18 +16,17 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
-from fedsim import wire
 from fedsim.engines.engine import Job
-from fedsim.engines.folding import blocks, join
+from fedsim.engines.folding import Part
 from fedsim.engines.local.memory import Shared, read, size_of, write
-from fedsim.engines.local.plan import Plan, tasks
-from fedsim.engines.local.scoring import Range, joined, ranges
+from fedsim.engines.local.plan import Plan
+from fedsim.engines.local.sharing import Range, scored, trained
 from fedsim.engines.local.trainer import Task
 from fedsim.engines.local.worker import NOBODY, READY, SLOTS, Memories, Order, Reply
 from fedsim.errors import ClientError, FedsimError, RunError
 from fedsim.params import of
 from fedsim.records import Broadcast, CohortUpdate, Examples, Params
-from fedsim.training.evaluate import Scores, score
+from fedsim.training.evaluate import Scores
 
 DEATHS = 3  # of workers over one task, before the run gives up
 SPARE_BYTES = 1 << 20  # of a slot, beside two models
@@ -73,17 +73,17 @@ class Pool:
         self, broadcast: Broadcast, clients: Sequence[int], states: Mapping[int, Params], key: int
     ) -> CohortUpdate:
         """See ``Cohorts.run_cohort``."""
-        cohort = tasks(blocks(self._job.data.partition.offsets, clients), self._plan.chunk)
-        results = self._results(broadcast, cohort, states, key)
-        parts = (part for parts in results for part in parts)
-        return join(self._job, broadcast, parts, bytes_down=wire.broadcast_bytes(broadcast) * len(clients))
+
+        def train(asked: Sequence[Task]) -> Iterator[Part]:
+            return itertools.chain.from_iterable(self._results(broadcast, asked, states, key))
+
+        return trained(self._job, self._plan, broadcast, clients, train)
 
     def evaluate(self, broadcast: Broadcast, examples: Examples) -> Scores:
         """See ``Cohorts.evaluate``."""
-        asked = ranges(self._job.data, examples, len(self._workers))
-        if not asked:
-            return score(self._job.work.model, broadcast.params, broadcast.buffers, examples)
-        return joined(list(self._results(broadcast, asked, {}, 0)))
+        return scored(
+            self._job, broadcast, examples, len(self._workers), lambda asked: self._results(broadcast, asked, {}, 0)
+        )
 
     def _results(
         self, broadcast: Broadcast, asked: Sequence[Task | Range], states: Mapping[int, Params], key: int

@@ -14,7 +14,7 @@ import torch
 
 from fedsim.engines.folding import Part
 from fedsim.engines.local.memory import Shared, read, write
-from fedsim.engines.local.scoring import Range
+from fedsim.engines.local.sharing import Range
 from fedsim.engines.local.trainer import Task, Trainer, Watch, trainer
 from fedsim.errors import FedsimError, RunError
 from fedsim.records import Broadcast, Params

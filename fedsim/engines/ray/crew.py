@@ -1,5 +1,6 @@
 """Actors that live as long as a run: who gets which task, and what happens when one of them is lost."""
 
+import itertools
 import os
 import re
 import sys
@@ -21,13 +22,12 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from fedsim import wire
 from fedsim.engines.engine import Job
-from fedsim.engines.folding import blocks, join
+from fedsim.engines.folding import Part
 from fedsim.engines.local.memory import packed, unpacked
-from fedsim.engines.local.plan import Plan, tasks
+from fedsim.engines.local.plan import Plan
 from fedsim.engines.local.pool import DEATHS
-from fedsim.engines.local.scoring import Range, joined, ranges
+from fedsim.engines.local.sharing import Range, scored, trained
 from fedsim.engines.local.trainer import Task
 from fedsim.engines.local.worker import READY, SLOTS
 from fedsim.engines.ray.actor import versions
@@ -35,7 +35,7 @@ from fedsim.engines.ray.cluster import cpus, free_cpus
 from fedsim.engines.ray.shell import actor_class
 from fedsim.errors import FedsimError, RunError
 from fedsim.records import Broadcast, CohortUpdate, Examples, Params
-from fedsim.training.evaluate import Scores, score
+from fedsim.training.evaluate import Scores
 
 START_S = 120.0  # a run without any actor waits so long for one to start: time to bring up a node
 LOST = (RayActorError, ObjectLostError, OutOfMemoryError)
@@ -105,17 +105,17 @@ class Crew:
         self, broadcast: Broadcast, clients: Sequence[int], states: Mapping[int, Params], key: int
     ) -> CohortUpdate:
         """See ``Cohorts.run_cohort``."""
-        cohort = tasks(blocks(self._job.data.partition.offsets, clients), self._plan.chunk)
-        results = self._results(broadcast, cohort, states, key)
-        parts = (part for parts in results for part in parts)
-        return join(self._job, broadcast, parts, bytes_down=wire.broadcast_bytes(broadcast) * len(clients))
+
+        def train(asked: Sequence[Task]) -> Iterator[Part]:
+            return itertools.chain.from_iterable(self._results(broadcast, asked, states, key))
+
+        return trained(self._job, self._plan, broadcast, clients, train)
 
     def evaluate(self, broadcast: Broadcast, examples: Examples) -> Scores:
         """See ``Cohorts.evaluate``."""
-        asked = ranges(self._job.data, examples, len(self._actors))
-        if not asked:
-            return score(self._job.work.model, broadcast.params, broadcast.buffers, examples)
-        return joined(list(self._results(broadcast, asked, {}, 0)))
+        return scored(
+            self._job, broadcast, examples, len(self._actors), lambda asked: self._results(broadcast, asked, {}, 0)
+        )
 
     def _results(
         self, broadcast: Broadcast, asked: Sequence[Task | Range], states: Mapping[int, Params], key: int

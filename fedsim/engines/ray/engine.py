@@ -7,10 +7,9 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 from fedsim.engines.engine import Cohorts, Job
-from fedsim.engines.folding import blocks
 from fedsim.engines.local.engine import cores
 from fedsim.engines.local.measuring import Choice, Mode, choose, described, mixes_examples
-from fedsim.engines.local.plan import Plan, tasks
+from fedsim.engines.local.sharing import tasks_of_a_round
 from fedsim.errors import MissingDependencyError
 
 
@@ -45,7 +44,7 @@ class OnRay:
         precise = self._precise(job)
         mixes = mixes_examples(precise.work, precise.data.train)
         with attached(self.address, cores() if self.actors == "auto" else self.actors):
-            actors = min(cpus(), most_tasks(job, choice.plan)) if self.actors == "auto" else self.actors
+            actors = min(cpus(), tasks_of_a_round(job, choice.plan)) if self.actors == "auto" else self.actors
             with Crew(precise, choice.plan, mixes=mixes, actors=max(actors, 1)) as crew:
                 loop(crew)
 
@@ -57,8 +56,3 @@ class OnRay:
 
     def _precise(self, job: Job) -> Job:
         return replace(job, work=replace(job.work, autocast=self.autocast))
-
-
-def most_tasks(job: Job, plan: Plan) -> int:
-    """Tasks of a round of the expected size: more actors than that would stand idle."""
-    return len(tasks(blocks(job.data.partition.offsets, range(job.cohort)), plan.chunk))

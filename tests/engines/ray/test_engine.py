@@ -15,8 +15,8 @@ from fedsim import params as p
 from fedsim import runs
 from fedsim.engines.local import local
 from fedsim.engines.local.measuring import choose
+from fedsim.engines.local.sharing import tasks_of_a_round
 from fedsim.engines.ray import ray
-from fedsim.engines.ray.engine import most_tasks
 from fedsim.errors import MissingDependencyError
 from fedsim.federation import job
 
@@ -97,6 +97,6 @@ def test_a_mode_that_the_model_cannot_take_is_refused_as_local_does(federation):
 def test_no_more_actors_are_wanted_than_a_round_has_tasks(federation):
     made = federation()
     plan = ray(mode="sequential").prepared(job(made), {}).choice.plan
-    assert most_tasks(job(made), plan) == 12
-    assert most_tasks(job(replace(made, clients_per_round=3)), plan) == 3
-    assert most_tasks(job(made), replace(plan, path="vectorised", chunk=5)) == 3
+    assert tasks_of_a_round(job(made), plan) == 12
+    assert tasks_of_a_round(job(replace(made, clients_per_round=3)), plan) == 3
+    assert tasks_of_a_round(job(made), replace(plan, path="vectorised", chunk=5)) == 3

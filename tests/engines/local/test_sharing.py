@@ -9,7 +9,7 @@ from torch import nn
 from fedsim import params as p
 from fedsim import rng
 from fedsim.data.federated import FederatedData
-from fedsim.engines.local.scoring import RANGES, Range, joined, ranges
+from fedsim.engines.local.sharing import RANGES, Range, joined, ranges
 from fedsim.records import Examples, Partition
 from fedsim.training.evaluate import BATCH, score
 
