@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +155,7 @@ def _paths(work: Job, local: Local) -> tuple[Paths, Plan, float]:
     mine = measuring.measure(work, own)
     speeds = {**mine, **measuring.measure(work, others)}
     plan, best = measuring.fastest(mine), max(mine, key=lambda one: mine[one])
+    known = measuring.remembered(work, local.mode, compiled=local.compile)
     why = "the fastest" if plan == best else f"plainer than {name(best)}, and about as fast"
     paths = Paths(
         speeds={name(one): speed for one, speed in speeds.items()},
@@ -163,7 +163,7 @@ def _paths(work: Job, local: Local) -> tuple[Paths, Plan, float]:
         refused=_refusals(work, local, [*own, *others]),
         chosen=name(plan),
         why="; ".join([f"engine.mode is {local.mode}"] * (local.mode != "auto") + [why] + [_COMPILED] * local.compile),
-        remembered=_remembered(work, own),
+        remembered=None if known is None else name(known.plan),
     )
     return paths, plan, mine[plan]
 
@@ -176,11 +176,6 @@ def _refusals(work: Job, local: Local, plans: list[Plan]) -> dict[str, str]:
     if all(plan.path != "vectorised" for plan in plans):
         refused["vectorised"] = measuring.not_mappable(work) or "there is only one client in a round"
     return refused
-
-
-def _remembered(work: Job, plans: list[Plan]) -> str | None:
-    found = measuring.remembered(work, plans)
-    return None if found is None else measuring.name(found.plan)
 
 
 def _workers(work: Job, local: Local, plan: Plan, speed: float) -> tuple[int, str]:
@@ -267,10 +262,4 @@ def _start_s() -> float:
 
 
 def _best_s(work: Callable[[], object]) -> float:
-    """Best of several tries, at least two, in time of this thread, which other processes cannot take."""
-    began, tries = time.perf_counter(), list[float]()
-    while len(tries) < 2 or time.perf_counter() - began < SPENT_S:
-        start = time.thread_time()
-        work()
-        tries.append(time.thread_time() - start)
-    return min(tries)
+    return measuring.best_of(work, SPENT_S, tries=2)[0]

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fedsim.data.federated import FederatedData
 from fedsim.engines.local.measuring import name as plan_name
 from fedsim.engines.local.plan import read
+from fedsim.params import same_bits
 from fedsim.records import IGNORED, Params, RoundRecord
 
 TOLERANCE = 1e-5  # relative, of losses and of tensors, for each round so far: a hundred roundings of float32 or so
@@ -105,7 +105,7 @@ def of_tensors(round: int, where: str, recorded: Params, now: Params) -> list[Di
         a, b = recorded.get(name), now.get(name)
         if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
             found.append(Difference(round, f"{name} in {where}", _kind(a), _kind(b), math.inf, False))
-        elif not torch.equal(_bits(a), _bits(b)):
+        elif not same_bits({name: a}, {name: b}):
             found.append(_of_entries(round, name, where, a, b))
     return found
 
@@ -120,10 +120,6 @@ def _of_entries(round: int, name: str, where: str, recorded: Tensor, now: Tensor
     within = relative <= allowed(round) and recorded.is_floating_point()
     entry = [int(i) for i in np.unravel_index(at, tuple(recorded.shape))] or ""
     return Difference(round, f"{name}{entry} in {where}", float(a[at]), float(b[at]), relative, within)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _kind(tensor: Tensor | None) -> str:

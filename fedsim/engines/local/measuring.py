@@ -5,10 +5,10 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ from fedsim.training.client import LocalWork, batch_loss
 from fedsim.training.stacked import group_of, train_stacked
 from fedsim.training.steps import step_of
 
+T = TypeVar("T")
 Mode = Literal["auto", "sequential", "vectorised", "fused"]
 
 STEPS = 4  # a measurement trains so many
@@ -59,29 +60,24 @@ def choose(job: Job, mode: Mode, recorded: Mapping[str, Any], *, compiled: bool 
     plan = read(recorded)
     if plan is not None and mode in ("auto", plan.path):
         return Choice(plan, "as when the run began", _speeds(recorded))
-    plans = candidates(job, mode, compiled=compiled)
-    chosen = _measured_once(job, plans)
-    return replace(chosen, plan=replace(chosen.plan, compiled=compiled))
+    found = remembered(job, mode, compiled=compiled)  # before anything is tried: that takes a second in a new process
+    if found is None:
+        speeds = measure(job, candidates(job, mode, compiled=compiled))
+        found = Choice(fastest(speeds), "measured", {name(plan): round(speed, 1) for plan, speed in speeds.items()})
+        _remember(_file(job, mode, compiled), found)
+    return replace(found, plan=replace(found.plan, compiled=compiled))
 
 
-def _measured_once(job: Job, plans: Sequence[Plan]) -> Choice:
-    known = remembered(job, plans)
-    if known is not None:
-        return known
-    speeds = measure(job, plans)
-    found = Choice(fastest(speeds), "measured", {name(plan): round(speed, 1) for plan, speed in speeds.items()})
-    _remember(_file(job, plans), found)
-    return found
-
-
-def remembered(job: Job, plans: Sequence[Plan]) -> Choice | None:
-    """What was chosen here among these plans the first time; None if nothing was, or the file is damaged."""
+def remembered(job: Job, mode: Mode, *, compiled: bool = False) -> Choice | None:
+    """What was chosen here the first time; None if nothing was, or the file is damaged."""
     try:
-        found = json.loads(_file(job, plans).read_text())
+        found = json.loads(_file(job, mode, compiled).read_text())
     except (OSError, ValueError):
         return None
     plan = read(found)
-    return Choice(plan, "measured", _speeds(found)) if plan is not None and plan in plans else None
+    if plan is None or plan.chunk not in (1, *chunks(job.cohort)) or mode not in ("auto", plan.path):
+        return None
+    return Choice(plan, "measured", _speeds(found))
 
 
 def described(choice: Choice) -> dict[str, Any]:
@@ -122,9 +118,9 @@ def not_fused(job: Job, *, compiled: bool = False) -> str | None:
     """Why clients of this job cannot be trained by hand-written steps; None if they can."""
     if compiled or job.work.autocast:
         return f"fused steps are written by hand, {'for float32' if job.work.autocast else 'not compiled'}"
-    return (
-        None if chain_of(job.work.model) is not None else "fused needs a chain of standard layers, as the model is not"
-    )
+    if chain_of(job.work.model) is None:
+        return "fused needs a chain of standard layers, as the model is not"
+    return None
 
 
 def not_mappable(job: Job) -> str | None:
@@ -179,43 +175,53 @@ def mixes_examples(work: LocalWork, pool: Examples) -> bool:
 
 
 def _speed(job: Job, plan: Plan) -> float:
-    """Best of several tries, in time of this thread, which other processes cannot take."""
-    began, best = time.perf_counter(), 0.0
+    seconds, examples = best_of(lambda: _train(job, plan, STEPS), SPENT_S)
+    return examples / seconds
+
+
+def best_of(work: Callable[[], T], spent_s: float, tries: int = 1) -> tuple[float, T]:
+    """Do something until ``spent_s`` have passed, at least ``tries`` times.
+
+    Returns:
+        Seconds of the best try, in time of this thread, which other processes cannot take; and its result.
+    """
+    began, seconds = time.perf_counter(), list[float]()
     while True:
         start = time.thread_time()
-        examples = _train(job, plan, STEPS)
-        best = max(best, examples / (time.thread_time() - start))
-        if time.perf_counter() - began > SPENT_S:
-            return best
+        result = work()
+        seconds.append(time.thread_time() - start)
+        if len(seconds) >= tries and time.perf_counter() - began > spent_s:
+            return min(seconds), result
 
 
 def _train(job: Job, plan: Plan, steps: int) -> int:
     """Train the first clients for a few steps; how many examples they saw."""
-    partition, batch = job.data.partition, job.work.batch_size
-    offsets = partition.offsets[: plan.chunk + 1]
-    most = int(offsets[-1]) if batch is None else steps * batch
-    ids = sorted(range(len(offsets) - 1), key=lambda client: int(offsets[client] - offsets[client + 1]))
-    ids = (ids * plan.chunk)[: plan.chunk]
-    ids.sort(key=lambda client: int(offsets[client] - offsets[client + 1]))
-    sizes = tuple(min(size, most) for size in sizes_of(partition, ids))
-    rows = torch.from_numpy(rows_of(partition, ids, sizes)).to(job.data.train.labels.device)
+    partition, batch, device = job.data.partition, job.work.batch_size, job.data.train.labels.device
+    known = min(plan.chunk, partition.num_clients)
+    most = int(partition.offsets[known]) if batch is None else steps * batch
+    held = sizes_of(partition, range(known))
+
+    def most_first(client: int) -> int:
+        return -held[client]
+
+    ids = sorted((sorted(range(known), key=most_first) * plan.chunk)[: plan.chunk], key=most_first)
+    sizes = tuple(min(held[client], most) for client in ids)
     params, buffers = p.of(job.work.model)
     broadcast = Broadcast(params, buffers, job.strategy.server.extra(job.strategy.server.init(params)), 1)
-    device = job.data.train.labels.device
+    rows = torch.from_numpy(rows_of(partition, ids, sizes)).to(device)
     keys = rng.fold_tensor(rng.as_tensor(0), torch.arange(len(ids))).to(device)
-    states = tuple(job.strategy.local.init(broadcast.params) for _ in ids)
-    work = replace(job.work, local_epochs=1)
-    group = group_of(work, rows, sizes, keys, states)
+    work, fresh = replace(job.work, local_epochs=1), job.strategy.local.init(broadcast.params)
+    group = group_of(work, rows, sizes, keys, (fresh,) * len(ids))
     train_stacked(work, step_of(work, plan.path), broadcast, job.data.train, group)
     return sum(sizes)
 
 
-def _file(job: Job, plans: Sequence[Plan]) -> Path:
-    return cache_folder("plans") / f"{_fingerprint(job, plans)}.json"
+def _file(job: Job, mode: Mode, compiled: bool) -> Path:
+    return cache_folder("plans") / f"{_fingerprint(job, mode, compiled)}.json"
 
 
-def _fingerprint(job: Job, plans: Sequence[Plan]) -> str:
-    """What the speeds depend on, hashed."""
+def _fingerprint(job: Job, mode: Mode, compiled: bool) -> str:
+    """What the candidates and their speeds depend on, hashed."""
     work, offsets = job.work, job.data.partition.offsets
     facts = [
         str(work.model),
@@ -223,7 +229,7 @@ def _fingerprint(job: Job, plans: Sequence[Plan]) -> str:
         list(job.data.train.inputs.shape[1:]),
         [work.batch_size, int(offsets[1] - offsets[0]) if work.batch_size is None else None, work.autocast],
         [work.optimizer.folded is not None, work.rule.correct.__qualname__],
-        [asdict(plan) for plan in plans],
+        [mode, chunks(job.cohort), compiled, work.seeded],
         [torch.__version__, cpu(), job.data.train.labels.device.type],
     ]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()

@@ -78,9 +78,8 @@ class Memories:
 
 def main() -> None:
     """Run in a fresh interpreter, whose last argument is JSON: descriptor of the pipe, and of the memories."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the run decides, then closes the pipe
+    # Ctrl-C reaches the whole group; the run decides, then closes the pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     pipe, described = json.loads(sys.argv[-1])
     job, round, at, *slots = (Shared(size, fd) for size, fd in described)
@@ -92,13 +91,9 @@ def _serve(pipe: Connection, memories: Memories) -> None:
     data, plan, mixes = pickle.loads(pipe.recv_bytes())
     own = trainer(read(data, memories.job, copy=False), plan, mixes=mixes)
     pipe.send(Reply(READY, 0, b"", None))
-    last: tuple[bytes, Broadcast | None] = (b"", None)
     while True:
         order: Order = pipe.recv()
-        broadcast = last[1] if order.broadcast == last[0] else None
-        if broadcast is None:
-            broadcast = read(order.broadcast, memories.round, copy=False)
-            last = (order.broadcast, broadcast)
+        broadcast: Broadcast = read(order.broadcast, memories.round, copy=False)
         pipe.send(_done(own, broadcast, order, memories))
 
 
