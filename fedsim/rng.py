@@ -146,6 +146,19 @@ def uniform(key: Tensor | int, *shape: int, dtype: torch.dtype = torch.float32) 
     return _shift(draws, 64 - kept).to(dtype).mul_(2.0**-kept).reshape(shape)
 
 
+def uniforms(keys: Tensor, n: int) -> Tensor:
+    """The first ``n`` float32 draws of :func:`uniform` for each key, without ``torch.func.vmap``.
+
+    Args:
+        keys: int64 (c,).
+        n: >= 0.
+
+    Returns:
+        Float32 tensor (c, n), each row bit-equal to ``uniform`` of its key.
+    """
+    return _shift(_draws(keys[:, None], n, last=False), 40).to(torch.float32).mul_(2.0**-24)
+
+
 def bernoulli(key: Tensor | int, p: float | Tensor, *shape: int) -> Tensor:
     """Boolean tensor of ``shape``, true with probability ``p`` in [0, 1] (exact to 2^-24)."""
     return uniform(key, *shape) < p

@@ -339,3 +339,11 @@ def test_nothing_in_fedsim_draws_from_a_global_generator():
     found = {str(path.relative_to(root)): global_randomness(path.read_text()) for path in root.rglob("*.py")}
     assert len(found) > 30
     assert {path: what for path, what in found.items() if what} == {"rng.py": ["manual_seed"]}
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 1000])
+def test_uniforms_are_the_uniform_draws_of_each_key(n):
+    keys = torch.stack([rng.as_tensor(key) for key in (0, 1, 2**63 + 5, 2**64 - 1)])
+    before = keys.clone()
+    assert torch.equal(rng.uniforms(keys, n), torch.stack([rng.uniform(key, n) for key in keys]))
+    assert torch.equal(keys, before)

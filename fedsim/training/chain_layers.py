@@ -193,7 +193,7 @@ class Dropout:
 
     def forward(self, x: Tensor, local: Params, keys: Keys) -> tuple[Tensor, Saved]:
         """See :class:`Layer`."""
-        drawn = torch.empty_like(x).copy_(_draws(keys[self.key], x[0].numel()).view(x.shape))
+        drawn = torch.empty_like(x).copy_(rng.uniforms(keys[self.key], x[0].numel()).view(x.shape))
         return self._apply(x, drawn, torch.empty_like(x)), (drawn,)
 
     def backward(self, slope: Tensor, saved: Saved, local: Params, sink: Sink) -> Tensor:
@@ -210,29 +210,7 @@ def _keep_above(x: Tensor, other: Tensor, limit: float, *, out: Tensor) -> Tenso
     return kept
 
 
-_DRAW_BITS = 24  # of each draw: what rng.uniform makes a float32 from
-
-
-def _draws(key: Tensor, n: int) -> Tensor:
-    """``rng.uniform(key_c, n) * 2^24`` for each client's key: int64 (clients, n).
-
-    The last step of the mixing changes only bits below these, so it is left out.
-    """
-    z = key.unsqueeze(1) + _counters(1 << n.bit_length())[:n]
-    shifted = torch.empty_like(z)
-    for shift, multiplier in rng._SPLITMIX[:2]:
-        torch.bitwise_right_shift(z, shift, out=shifted).bitwise_and_((1 << (64 - shift)) - 1)
-        z.bitwise_xor_(shifted).mul_(rng._signed(multiplier))
-    return z.bitwise_right_shift_(64 - _DRAW_BITS).bitwise_and_((1 << _DRAW_BITS) - 1)
-
-
-@lru_cache(maxsize=4)
-def _counters(n: int) -> Tensor:
-    """What each draw adds to the key."""
-    return torch.arange(1, n + 1, dtype=torch.int64) * rng._signed(rng._GOLDEN)
-
-
 @lru_cache(maxsize=64)
 def _last_dropped(p: float) -> float:
-    """The largest draw in [0, 2^24) that drops: the layer compares as float32, ``u >= p``."""
-    return math.ceil(float(torch.tensor(p, dtype=torch.float32)) * 2.0**_DRAW_BITS) - 1.0
+    """The largest draw that drops: draws are multiples of 2^-24, and the layer compares as float32, ``u >= p``."""
+    return (math.ceil(float(torch.tensor(p, dtype=torch.float32)) * 2.0**24) - 1.0) * 2.0**-24

@@ -20,7 +20,7 @@ from fedsim.models.residual import resnet_8
 from fedsim.records import IGNORED, Examples
 from fedsim.strategies.local_rules import plain
 from fedsim.training.chain import chain_of
-from fedsim.training.chain_layers import _ONEDNN_FROM, _draws, _last_dropped
+from fedsim.training.chain_layers import _ONEDNN_FROM, _last_dropped
 from fedsim.training.client import LocalWork, gradient
 from fedsim.training.optimizers import sgd
 
@@ -303,11 +303,11 @@ def test_rows_of_any_number_of_axes():
 def test_dropout_compares_as_the_layer_does_next_to_p(p_dropped, key):
     """Draws around p, where rounding p to float32 decides; and the draws are those of ``rng.uniform``."""
     nearest = round(p_dropped * 2**24)
-    draws = torch.arange(max(nearest - 3, 0), min(nearest + 4, 2**24))
-    assert torch.equal(draws.float() > _last_dropped(p_dropped), draws.float() * 2.0**-24 >= p_dropped)
+    draws = torch.arange(max(nearest - 3, 0), min(nearest + 4, 2**24)).float() * 2.0**-24
+    assert torch.equal(draws > _last_dropped(p_dropped), draws >= p_dropped)
     keys = torch.stack([rng.as_tensor(key), rng.as_tensor(key + 1)])
     wanted = torch.stack([rng.uniform(k, 50) for k in keys])
-    assert torch.equal(_draws(keys, 50).float() * 2.0**-24, wanted)
+    assert torch.equal(rng.uniforms(keys, 50), wanted)
 
 
 @st.composite
