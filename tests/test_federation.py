@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from federations import control
 from scipy import stats
 from torch import nn
 
@@ -18,33 +19,13 @@ from fedsim.federation import Federation, cohort, run, start, with_spread
 from fedsim.models.layers.dropouts import Dropout
 from fedsim.models.layers.keyed import key_names
 from fedsim.records import Examples, Partition, RoundRecord
-from fedsim.strategies.server_rules import ServerRule
-from fedsim.strategies.strategy import Strategy, fedavg
+from fedsim.strategies.strategy import fedavg
 from fedsim.training.client import LocalWork
 from fedsim.training.evaluate import Scores, by_owner, score
-from fedsim.training.local_rule import LocalRule
 from fedsim.training.optimizers import sgd
 
 FALSE_ALARM = 1e-6
 SIZES = (9, 4, 13, 2, 6)
-
-
-def control() -> Strategy:
-    """In the manner of SCAFFOLD: a state at each client, one at the server, and an extra that every client is sent."""
-
-    def correct(grads, local, broadcast, state):
-        return {name: g - state[name] + broadcast.extra[name] for name, g in grads.items()}
-
-    def finish(local, broadcast, state, steps):
-        moved = p.sub(broadcast.params, local)
-        return {n: state[n] - broadcast.extra[n] + moved[n] / (0.1 * steps) for n in state}
-
-    def step(params, update, state):
-        return p.add(params, update), {n: 0.5 * state[n] - update[n] for n in state}
-
-    return replace(
-        fedavg(), local=LocalRule(p.zeros_like, correct, finish), server=ServerRule(p.zeros_like, step, dict)
-    )
 
 
 def federation(strategy=None, *, inputs=None, lr=0.1, **changes):

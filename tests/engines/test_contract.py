@@ -8,85 +8,18 @@ What amplifies rounding is left out: batch norm over two examples divides their 
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from torch import nn
+from federations import CASES, CHAINS, federation, result, tensors
 
 from fedsim import params as p
-from fedsim import rng
-from fedsim.data.federated import FederatedData
 from fedsim.engines.flower import flower
 from fedsim.engines.local import local
 from fedsim.engines.reference import reference
-from fedsim.federation import Federation, job, run, start
-from fedsim.models.layers.dropouts import Dropout
-from fedsim.models.layers.keyed import key_names
-from fedsim.records import Broadcast, Examples, Partition
-from fedsim.strategies.server_rules import ServerRule
-from fedsim.strategies.strategy import fedavg
-from fedsim.training.client import LocalWork
-from fedsim.training.local_rule import LocalRule
-from fedsim.training.optimizers import adam, sgd
+from fedsim.federation import job, start
+from fedsim.records import Broadcast
 
-CLIENTS, ROUNDS, FEATURES, CLASSES = 24, 3, 5, 3
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 4e-15}
-
-
-def correct(grads, local_params, broadcast, state):
-    return {name: g - state[name] + broadcast.extra[name] for name, g in grads.items()}
-
-
-def finish(local_params, broadcast, state, steps):
-    moved = p.sub(broadcast.params, local_params)
-    return {n: state[n] - broadcast.extra[n] + moved[n] / (0.1 * steps) for n in state}
-
-
-def step(params, update, state):
-    return p.add(params, update), {n: 0.5 * state[n] - update[n] for n in state}
-
-
-def control():
-    """A state at each client, one at the server, and an extra that every client is sent, as in SCAFFOLD."""
-    rule, server = LocalRule(p.zeros_like, correct, finish), ServerRule(p.zeros_like, step, dict)
-    return replace(fedavg(), local=rule, server=server)
-
-
-def federation(case, dtype=torch.float32):
-    """Clients of 1 to 13 examples in a random order of ids, or of 8 each."""
-    sizes = np.full(CLIENTS, 8) if case == "batch norm" else 1 + rng.permutation(9, CLIENTS).numpy() % 13
-    if case == "unequal batch norm":
-        sizes = 2 * sizes
-    middle = {"dropout": [Dropout(0.3)], "batch norm": [nn.BatchNorm1d(6)], "unequal batch norm": [nn.BatchNorm1d(6)]}
-    with rng.torch_seeded(1):
-        layers = [nn.Linear(FEATURES, 6), *middle.get(case, []), nn.ReLU(), nn.Linear(6, CLASSES)]
-        model = nn.Sequential(*layers).to(dtype)
-    n = int(sizes.sum())
-    train = Examples(2 * rng.normal(2, n, FEATURES, dtype=dtype), (rng.uniform(3, n) * CLASSES).long())
-    test = Examples(rng.normal(4, 30, FEATURES, dtype=dtype), (rng.uniform(5, 30) * CLASSES).long())
-    owners = Partition(np.array([0, *np.cumsum(sizes)]), rng.permutation(7, n).numpy())
-    nobody = Partition(np.zeros(CLIENTS + 1, dtype=np.int64), np.zeros(0, dtype=np.int64))
-    data = FederatedData(train, test, owners, nobody, test, CLASSES, ())
-    strategy = control() if case == "states" else fedavg(server_lr=0.9)
-    optimizer = {"momentum": sgd(lr=0.1, momentum=0.9, weight_decay=0.01), "adam": adam(lr=0.01)}.get(case, sgd(lr=0.1))
-    batch = 4 if case != "unequal batch norm" else 26  # one batch of all: batch norm cannot take one example
-    work = LocalWork(model, key_names(model), optimizer, strategy.local, 2, batch)
-    return Federation(5, data, work, strategy, ROUNDS, 17, "fixed", 2, "fail")
-
-
-CASES = ["plain", "dropout", "batch norm", "unequal batch norm", "momentum", "adam", "states"]
-CHAINS = [case for case in CASES if "norm" not in case]
-
-
-def result(made, engine, state=None):
-    rounds = []
-    final = run(made, state or start(made), engine, lambda one: rounds.append((one.state, one.record)))
-    return final, [replace(record, seconds=0.0) for _, record in rounds], [state for state, _ in rounds]
-
-
-def tensors(state):
-    clients = {f"{k}.{n}": t for k, own in state.clients.items() for n, t in own.items()}
-    return {**state.params, **{f"b.{n}": t for n, t in state.buffers.items()}, **state.server, **clients}
 
 
 def assert_same(a, b):

@@ -1,18 +1,14 @@
 """What ``precision``, ``compile`` and ``device`` change, and what they do not."""
 
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from federations import federation, result, tensors
 
 from fedsim import params as p
 from fedsim.engines.local import local
 from fedsim.federation import job
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_contract import federation, result, tensors
 
 
 @pytest.fixture(autouse=True)
