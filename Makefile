@@ -16,7 +16,7 @@ help: ## show this list
 run: $(VENV)/.installed ## install fedsim and run configs/quickstart.yaml
 	$(BIN)/fedsim run configs/quickstart.yaml
 
-test: check slow ## install with the dev tools, get the test data, run lint, types, import layers and all tests
+test: check bench-short slow ## install with the dev tools, get the test data, run lint, types, import layers and all tests
 
 check: lint types layers
 
@@ -57,7 +57,7 @@ browser: ## headless Chromium for the test of the report; without it that test i
 bench: ## time fedsim, a bare torch loop and other libraries in turn (benchmarks/README.md); about an hour
 	$(MAKE) --directory benchmarks
 
-bench-short: $(VENV)/.installed-dev data ## fedsim against a bare torch loop, under a minute
+bench-short: $(VENV)/.installed-dev data ## fedsim against a bare torch loop, under a minute; gates on a loose ratio
 	$(BIN)/python benchmarks/short.py
 
 format: $(VENV)/.installed-dev ## let ruff rewrite what it can

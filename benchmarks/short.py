@@ -23,19 +23,25 @@ from fedsim.federation import RoundResult, job, run, start
 WORKLOAD = WORKLOADS["2nn-devices"]
 WARMUP, ROUNDS = 3, 15
 FLOOR = 0.9  # loose: it should tell a broken engine, not a busy machine
+TRIES = 3  # before it is believed
 
 
 def main() -> int:
     """Compare; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=ENGINES, default="local")
-    pairs = compare(parser.parse_args().engine)[WARMUP:]
-    ours, theirs = (WORKLOAD.samples / min(seconds) for seconds in zip(*pairs, strict=True))  # noise only slows down
-    ratio = ours / theirs
-    print(f"{WORKLOAD.name}: fedsim {ours:,.0f} samples/s, bare torch loop {theirs:,.0f}: {ratio:.2f} times as fast")
-    if ratio < FLOOR:
-        print(f"benchmarks/short.py: the ratio must be at least {FLOOR}, got {ratio:.2f}", file=sys.stderr)
-    return int(ratio < FLOOR)
+    engine = parser.parse_args().engine
+    for _ in range(TRIES):
+        pairs = compare(engine)[WARMUP:]
+        ours, theirs = (WORKLOAD.samples / min(seconds) for seconds in zip(*pairs, strict=True))  # noise slows down
+        ratio = ours / theirs
+        print(
+            f"{WORKLOAD.name}: fedsim {ours:,.0f} samples/s, bare torch loop {theirs:,.0f}: {ratio:.2f} times as fast"
+        )
+        if ratio >= FLOOR:
+            return 0
+    print(f"benchmarks/short.py: the ratio must be at least {FLOOR}, got {ratio:.2f}", file=sys.stderr)
+    return 1
 
 
 def compare(engine: str) -> list[tuple[float, float]]:

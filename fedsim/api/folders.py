@@ -16,7 +16,7 @@ from fedsim.config.foreign import sources
 from fedsim.config.schema import Config
 from fedsim.config.tables import KINDS
 from fedsim.engines.engine import Engine
-from fedsim.errors import ConfigError, DataError
+from fedsim.errors import ConfigError, DataError, FedsimError
 from fedsim.federation import Federation, job, start
 from fedsim.params import check_alike, num_entries
 from fedsim.recording import SPLIT_DETAIL_CLIENTS, Facts, Kind, fingerprint, split_facts
@@ -43,6 +43,11 @@ def prepared(engine: Engine, federation: Federation, recorded: Mapping[str, Any]
         return engine.prepared(job(federation), recorded)
     except ValueError as error:
         raise ConfigError(f"engine: {error}") from error
+    except (FedsimError, OSError):
+        raise
+    except Exception as error:  # of a model or a rule of the user's, which is trained for the first time here
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"engine: training a first batch failed: {what} (--debug shows where)") from error
 
 
 def folder_of(config: str | Path | Mapping[str, Any]) -> Path:

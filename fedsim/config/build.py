@@ -247,6 +247,6 @@ def _without_data(config: Config) -> tuple[Strategy, Optimizer, Schedule, Engine
     if not callable(schedule):
         raise _wrong(schedule, "train.schedule", config.train.schedule, "a function of the round")
     engine = make(config, "engines")
-    if not all(callable(getattr(engine, method, None)) for method in ("drive", "describe")):
-        raise _wrong(engine, "engine", config.engine, "an Engine, with drive and describe")
+    if not all(callable(getattr(engine, method, None)) for method in ("prepared", "drive", "describe")):
+        raise _wrong(engine, "engine", config.engine, "an Engine, with prepared, drive and describe")
     return strategy, optimizer, schedule, engine

@@ -40,11 +40,9 @@ def local(
         The engine.
 
     Raises:
-        ValueError: cuda where there is none, more than one worker on cuda or on a system that is not POSIX, or
-            ``compile`` without a compiler.
+        ValueError: more than one worker on cuda or on a system that is not POSIX, or ``compile`` without a compiler.
+            A cuda that is not there is an error of ``prepared``, so that a run folder from elsewhere can be opened.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: torch finds no cuda here")
     found = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
     if workers not in ("auto", 1) and (found == "cuda" or os.name != "posix"):
         raise ValueError(f"workers must be 1 {'on cuda' if found == 'cuda' else 'on this system'}, got {workers}")

@@ -66,6 +66,8 @@ class Local:
 
     def prepared(self, job: Job, recorded: Mapping[str, Any]) -> "Local":
         """See ``Engine.prepared``. The number of processes changes no result, so it is chosen afresh."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device: torch finds no cuda here")
         if job.work.seeded and self.device != "cpu":
             raise ValueError("device: a model that draws from torch's global generator trains on the cpu only")
         placed = self.placed(job)

@@ -147,16 +147,19 @@ class Pool:
             worker.process.wait(DYING_S)
         _end(worker)
         how, client = _how(worker.process.returncode), worker.memories.client()
-        if client is None:
+        first = worker.orders[0] if worker.orders else None
+        scoring = first is not None and isinstance(first.task, Range)
+        if client is None and not scoring:
             raise RunError(f"round {round}: a worker process ended ({how}) before it had trained a client")
-        if worker.orders:
-            deaths[worker.orders[0].number] += 1
-            if deaths[worker.orders[0].number] == DEATHS:
+        if first is not None:
+            deaths[first.number] += 1
+            if deaths[first.number] == DEATHS and (scoring or client is None):
+                raise RunError(f"round {round}: {DEATHS} worker processes ended ({how}) while they scored the model")
+            if deaths[first.number] == DEATHS and client is not None:
                 raise ClientError(round, client, f"{DEATHS} worker processes ended ({how}) while they trained it")
-        warnings.warn(
-            f"round {round}: a worker process ended ({how}) at client {client}; what it was doing is done again",
-            stacklevel=2,
-        )
+        where = "while it scored the model" if scoring else f"at client {client}"
+        again = "what it was doing is done again"
+        warnings.warn(f"round {round}: a worker process ended ({how}) {where}; {again}", stacklevel=2)
         self._workers[self._workers.index(worker)] = self._started()
 
     def _started(self) -> _Worker:

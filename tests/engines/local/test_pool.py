@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,10 @@ from fedsim import rng
 from fedsim.engines.local.engine import OneProcess
 from fedsim.engines.local.plan import Plan
 from fedsim.engines.local.pool import Pool
+from fedsim.engines.local.sharing import Range
 from fedsim.engines.local.trainer import trainer
-from fedsim.engines.local.worker import NOBODY
-from fedsim.errors import ClientError
+from fedsim.engines.local.worker import NOBODY, Order
+from fedsim.errors import ClientError, RunError
 from fedsim.records import Broadcast
 
 pytestmark = [
@@ -164,6 +166,22 @@ def test_a_client_that_kills_its_worker_every_time_is_named_after_three_deaths(j
             own.run_cohort(broadcast_of(job, 3), [0, 4, MARKED, 13], {}, 9)
     assert (caught.value.round, caught.value.client) == (3, MARKED)
     assert [str(one.message).partition(";")[0][-10:] for one in heard] == [" client 11"] * 2
+
+
+def test_a_worker_that_dies_while_it_scores_is_not_blamed_on_a_client(job, told):
+    broadcast = broadcast_of(job, 6)
+    with Pool(job, PLAN, mixes=False, workers=1) as own:
+        own.run_cohort(broadcast, [3], {}, 7)
+        worker = own._workers[0]
+        worker.orders.append(Order(0, 0, b"", Range(0, 1, False), b"", 0))
+        worker.process.kill()
+        with pytest.warns(UserWarning, match=r"^round 6: a worker process ended \(.*\) while it scored the model; "):
+            own._bury(worker, Counter(), 6)
+        worker = own._workers[0]
+        worker.orders.append(Order(0, 0, b"", Range(0, 1, False), b"", 0))
+        worker.process.kill()
+        with pytest.raises(RunError, match=r"^round 6: 3 worker processes ended \(.*\) while they scored the model"):
+            own._bury(worker, Counter({0: 2}), 6)
 
 
 def test_what_is_raised_in_a_worker_is_what_is_raised_in_one_process_and_nothing_is_left(job, told):
