@@ -129,17 +129,26 @@ def _round(federation: Federation, cohorts: Cohorts, state: ServerState, round: 
     began = time.perf_counter()
     chosen: list[int] = cohort(federation, round).tolist()
     states = {client: state.clients[client] for client in chosen if client in state.clients}
-    broadcast = _broadcast(federation, state, round)
-    result = cohorts.run_cohort(broadcast, chosen, states, rng.fold(federation.seed, "round", round))
-    return _evaluated(federation, cohorts, _step(federation, state, result, round), result, began)
+    result = cohorts.run_cohort(broadcast(federation, state, round), chosen, states, round_key(federation, round))
+    return _evaluated(federation, cohorts, step(federation, state, result, round), result, began)
 
 
-def _broadcast(federation: Federation, state: ServerState, round: int) -> Broadcast:
+def round_key(federation: Federation, round: int) -> int:
+    """Key of a round, below which all its clients draw."""
+    return rng.fold(federation.seed, "round", round)
+
+
+def broadcast(federation: Federation, state: ServerState, round: int) -> Broadcast:
+    """What the server sends in this round: the state's model and what the server rule adds."""
     return Broadcast(state.params, state.buffers, federation.strategy.server.extra(state.server), round)
 
 
-def _step(federation: Federation, state: ServerState, result: CohortUpdate, round: int) -> ServerState:
-    """The server's part of a round. Without any update the global model stays as it is."""
+def step(federation: Federation, state: ServerState, result: CohortUpdate, round: int) -> ServerState:
+    """The server's part of a round. Without any update the global model stays as it is.
+
+    Raises:
+        RunError: the global model is no longer finite.
+    """
     if result.update is None:
         return replace(state, round=round)
     params, server = federation.strategy.server.step(state.params, result.update, state.server)
@@ -154,8 +163,27 @@ def _evaluated(
     federation: Federation, cohorts: Cohorts, state: ServerState, result: CohortUpdate, began: float
 ) -> RoundResult:
     """The round's record; with held-out loss and accuracy when it is a round of evaluation."""
-    round = state.round
-    record = RoundRecord(
+    round, record = state.round, unevaluated(state.round, result)
+    if not evaluates(federation, round):
+        return RoundResult(state, replace(record, seconds=time.perf_counter() - began), ())
+    model, data = broadcast(federation, state, round), federation.data
+    scores = cohorts.evaluate(model, data.test)
+    on_clients = scores if data.client_test is data.test else cohorts.evaluate(model, data.client_test)
+    own = by_owner(on_clients, data.test_partition)
+    loss, accuracy = scores.mean()
+    record = with_spread(replace(record, loss=loss, accuracy=accuracy), own.accuracy)
+    listed = data.test_partition.num_clients <= LISTED_CLIENTS or round == federation.rounds
+    return RoundResult(state, replace(record, seconds=time.perf_counter() - began), own.lines(round) if listed else ())
+
+
+def evaluates(federation: Federation, round: int) -> bool:
+    """Whether the model is evaluated after this round."""
+    return round % federation.eval_every == 0 or round == federation.rounds
+
+
+def unevaluated(round: int, result: CohortUpdate) -> RoundRecord:
+    """What a round's record says of its clients, before the model is evaluated and the time is taken."""
+    return RoundRecord(
         round=round,
         loss=None,
         accuracy=None,
@@ -167,16 +195,6 @@ def _evaluated(
         cohort=result.clients,
         skipped=result.skipped,
     )
-    if round % federation.eval_every and round != federation.rounds:
-        return RoundResult(state, replace(record, seconds=time.perf_counter() - began), ())
-    broadcast, data = _broadcast(federation, state, round), federation.data
-    scores = cohorts.evaluate(broadcast, data.test)
-    on_clients = scores if data.client_test is data.test else cohorts.evaluate(broadcast, data.client_test)
-    own = by_owner(on_clients, data.test_partition)
-    loss, accuracy = scores.mean()
-    record = with_spread(replace(record, loss=loss, accuracy=accuracy), own.accuracy)
-    listed = data.test_partition.num_clients <= LISTED_CLIENTS or round == federation.rounds
-    return RoundResult(state, replace(record, seconds=time.perf_counter() - began), own.lines(round) if listed else ())
 
 
 def with_spread(record: RoundRecord, accuracies: Floats) -> RoundRecord:

@@ -180,6 +180,7 @@ class RoundRecord:
 
     clients: number of clients that contributed; ``cohort`` are their ids, ascending.
     seconds: wall time of the round with its evaluation.
+    failed: on separate machines, why a client of the cohort contributed nothing: client -> reason.
     client_accuracy_*: mean, standard deviation and mean of the worst tenth, over clients with held-out examples.
     """
 
@@ -197,3 +198,4 @@ class RoundRecord:
     client_accuracy_worst_tenth: float | None = None
     cohort: tuple[int, ...] = ()
     skipped: tuple[int, ...] = ()
+    failed: Mapping[int, str] = field(default_factory=dict)

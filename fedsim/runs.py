@@ -254,8 +254,7 @@ class RunFolder:
 
     def rounds(self) -> list[RoundRecord]:
         """Every whole round, in order."""
-        records = self._records("rounds.jsonl", RoundRecord)
-        return [dataclasses.replace(r, cohort=tuple(r.cohort), skipped=tuple(r.skipped)) for r in records]
+        return [_typed(record) for record in self._records("rounds.jsonl", RoundRecord)]
 
     def clients(self) -> list[ClientEvaluation]:
         """Every client evaluation, in order of round and client."""
@@ -268,6 +267,8 @@ class RunFolder:
             return _tensors(path, _read(path))
         if self.summary().get("kind") == "alone":
             raise DataError(f"{self.path}: has no model, every client trained one of its own")
+        if self.summary().get("kind") == "flower-app":
+            raise DataError(f"{self.path}: has no model, the Flower app has not shown any arrays")
         state = load_checkpoint(self.path)
         return {**state.params, **state.buffers}
 
@@ -284,6 +285,12 @@ class RunFolder:
             return [kind(**json.loads(line)) for line in lines]
         except (ValueError, TypeError) as error:
             raise DataError(f"{path}: not one {kind.__name__} per line ({error})") from error
+
+
+def _typed(record: RoundRecord) -> RoundRecord:
+    """The record with what JSON has no word for: tuples, and keys that are numbers."""
+    failed = {int(client): reason for client, reason in record.failed.items()}
+    return dataclasses.replace(record, cohort=tuple(record.cohort), skipped=tuple(record.skipped), failed=failed)
 
 
 def open_run(path: Path | str) -> RunFolder:
@@ -311,8 +318,10 @@ def load_checkpoint(folder: Path) -> ServerState:
     Raises:
         DataError: no checkpoint, or a damaged one; names the file.
     """
-    if RunFolder(folder).summary().get("kind", "federated") != "federated":
-        raise DataError(f"{folder}: a baseline has no checkpoint and cannot be resumed")
+    kind = RunFolder(folder).summary().get("kind", "federated")
+    if kind != "federated":
+        what = "Flower app" if kind == "flower-app" else "baseline"
+        raise DataError(f"{folder}: a {what} has no checkpoint and cannot be resumed")
     facts = _json(folder / _STATE)
     try:
         path, size, digest = folder / "checkpoint" / str(facts["file"]), int(facts["bytes"]), str(facts["sha256"])

@@ -76,6 +76,7 @@ def summarize(
             "seconds": sum(r.seconds for r in rounds),
             "client_updates": sum(r.clients for r in rounds),
             "skipped_updates": sum(len(r.skipped) for r in rounds),
+            "failed_updates": sum(len(r.failed) for r in rounds),
         },
     }
     if target is not None:

@@ -60,7 +60,12 @@ def record(round, accuracy, **more):
     return RoundRecord(round, loss, accuracy, **{**fields, **more})
 
 
-ROUNDS = [record(1, 0.2), record(2, 0.7, skipped=(4, 9), clients=1), record(3, None), record(4, 0.6)]
+ROUNDS = [
+    record(1, 0.2),
+    record(2, 0.7, skipped=(4, 9), clients=1, failed={3: "gone"}),
+    record(3, None),
+    record(4, 0.6),
+]
 
 
 def test_final_is_the_last_evaluation_and_best_the_highest_accuracy():
@@ -76,6 +81,7 @@ def test_final_is_the_last_evaluation_and_best_the_highest_accuracy():
         "seconds": 2.0,
         "client_updates": 10,
         "skipped_updates": 2,
+        "failed_updates": 1,
     }
     assert "rounds_to_target" not in result
 

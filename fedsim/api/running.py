@@ -12,14 +12,22 @@ from fedsim.api import folders
 from fedsim.config import build
 from fedsim.config import load as config_files
 from fedsim.config.foreign import importable
-from fedsim.errors import ConfigError
-from fedsim.federation import Federation, start
+from fedsim.engines.engine import Engine
+from fedsim.errors import ConfigError, DataError
+from fedsim.federation import Federation, RoundResult, start
 from fedsim.federation import run as run_rounds
 from fedsim.params import of
 from fedsim.recording import OnRound, Recording
-from fedsim.records import ClientEvaluation, RoundRecord
+from fedsim.records import ClientEvaluation, RoundRecord, ServerState
 
 OnStart = Callable[["Run", Federation], None]
+OnResult = Callable[[RoundResult], None]
+Loop = Callable[[Path, Federation, Engine, ServerState, OnResult], object]
+
+
+def simulated(folder: Path, federation: Federation, engine: Engine, state: ServerState, take: OnResult) -> None:
+    """The rounds after ``state``, on the engine; every one of them is given to ``take``."""
+    run_rounds(federation, state, engine, take)
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,9 @@ class Run:
         """The global model as it is now, in eval mode."""
         folder = runs.open_run(self.folder)
         tensors, shape = folder.model(), folder.summary()["model"]
+        if shape["name"] is None:
+            rule = "a Flower app makes its model in its own code; its arrays are in model.safetensors"
+            raise DataError(f"{folder.path}: {rule}")
         with importable(folders.config_folder(folder)):
             config = config_files.check(folder.config())
             module = build.model(config, build.ModelShape(tuple(shape["input_shape"]), shape["num_classes"]))
@@ -84,6 +95,7 @@ def run(
     on_start: OnStart | None = None,
     on_round: OnRound | None = None,
     progress: build.Progress = build.silent,
+    loop: Loop = simulated,
 ) -> Run:
     """Run a federation and write its run folder.
 
@@ -93,6 +105,7 @@ def run(
         on_start: called once all is built, with the new folder, before the first round.
         on_round: called after every round.
         progress: called while data is downloaded: name, bytes done, bytes in all.
+        loop: what runs the rounds, if not the engine, which then only says where they ran.
 
     Returns:
         The finished run.
@@ -105,14 +118,14 @@ def run(
     with importable(folders.folder_of(config)), folders.one_thread():
         checked = config_files.load(config, overrides)
         federation, engine = build.federation(checked, progress)
-        engine = folders.prepared(engine, federation, {})
+        engine = folders.prepared(engine, federation, {}) if loop is simulated else engine
         folder = folders.new_folder(checked, federation, engine, folders.folder_of(config))
         state = start(federation)
         recorder = Recording(folder, folders.facts_of(checked, federation), state, on_round or folders.ignore)
         with runs.locked(folder), recorder as recording:
             recording.save()  # from here on a run that is stopped can be resumed
             (on_start or folders.ignore)(Run(folder), federation)
-            run_rounds(federation, state, engine, recording.take)
+            loop(folder, federation, engine, state, recording.take)
     return Run(folder)
 
 
@@ -123,6 +136,7 @@ def resume(
     on_start: OnStart | None = None,
     on_round: OnRound | None = None,
     progress: build.Progress = build.silent,
+    loop: Loop = simulated,
 ) -> Run:
     """Go on with a run after its last whole round; the result equals that of a run that was never stopped.
 
@@ -130,7 +144,7 @@ def resume(
         folder: the run folder. A finished run comes back as it is.
         rounds: a new total, to make a run longer. None keeps ``train.rounds``. The old last round was evaluated even
             if ``train.eval_every`` would have passed it over; a run that was longer from the start lacks that line.
-        on_start, on_round, progress: as in :func:`run`.
+        on_start, on_round, progress, loop: as in :func:`run`.
 
     Raises:
         DataError: not a run folder, from a newer version, a damaged checkpoint, or the data is no longer the same.
@@ -148,7 +162,8 @@ def resume(
         federation, engine = build.federation(checked, progress)
         folders.check_same_data(federation, opened)
         folders.warn_of_other_code(checked, opened)
-        engine = folders.prepared(engine, federation, opened.environment().get("engine", {}))
+        if loop is simulated:
+            engine = folders.prepared(engine, federation, opened.environment().get("engine", {}))
         fresh = start(federation)
         saved = {**state.params, **state.buffers}
         folders.check_fits({**fresh.params, **fresh.buffers}, saved, opened.path / "checkpoint")
@@ -160,5 +175,5 @@ def resume(
             resumed = {"round": state.round, **environment.describe(engine.describe())}
             runs.add_environment(opened.path, resumed)
             (on_start or folders.ignore)(Run(opened.path), federation)
-            run_rounds(federation, state, engine, recording.take)
+            loop(opened.path, federation, engine, state, recording.take)
     return Run(opened.path)

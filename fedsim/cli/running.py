@@ -32,7 +32,7 @@ def run(config: Path = CONFIG, changes: list[str] = CHANGES) -> None:
     from fedsim.config.read import parse_overrides
 
     overrides = parse_overrides(changes or [])
-    _shown(lambda **hooks: api.run(config, overrides, **hooks))
+    shown(lambda **hooks: api.run(config, overrides, **hooks))
 
 
 def resume(
@@ -46,26 +46,26 @@ def resume(
     """
     from fedsim import api
 
-    _shown(lambda **hooks: api.resume(folder, rounds=rounds, **hooks))
+    shown(lambda **hooks: api.resume(folder, rounds=rounds, **hooks))
 
 
-def _shown(start: Any) -> None:
-    """Run with a display; report and result table at the end, or how to go on."""
+def shown(start: Any, again: str = "fedsim resume") -> None:
+    """Run with a display; report and result table at the end, or how to go on: ``again`` and the folder."""
     from fedsim.cli import display
 
     console = display.console()
-    with _resumable() as begun, display.for_console(console) as shown:
+    with _resumable(again) as begun, display.for_console(console) as shows:
 
         def on_start(run: "Run", federation: "Federation") -> None:
             begun.append(run.folder)
-            shown.begin("\n".join([_title(run), *federation.draws.told()]), run.rounds, federation.rounds)
+            shows.begin("\n".join([_title(run), *federation.draws.told()]), run.rounds, federation.rounds)
 
-        done = start(on_start=on_start, on_round=shown.round, progress=shown.loading)
+        done = start(on_start=on_start, on_round=shows.round, progress=shows.loading)
     _finish(console, done)
 
 
 @contextmanager
-def _resumable() -> Iterator[list[Path]]:
+def _resumable(again: str) -> Iterator[list[Path]]:
     """Tell whoever sees an error how to go on with the run whose folder is put on the list."""
     begun: list[Path] = []
     try:
@@ -74,7 +74,7 @@ def _resumable() -> Iterator[list[Path]]:
         repeats = isinstance(error, DivergedError)  # draws are keyed: a resumed run would diverge in the same place
         if begun and not repeats and (begun[0] / "checkpoint" / "state.json").exists():
             folder = shlex.quote(str(begun[0]))
-            error.add_note(f"the last whole round is saved; go on with: fedsim resume {folder}")
+            error.add_note(f"the last whole round is saved; go on with: {again} {folder}")
         raise
 
 

@@ -14,7 +14,7 @@ _PACKAGED = {"fashion-mnist": Path("/usr/share/datasets/fashion-mnist")}  # Debi
 
 
 def cache_folder(name: str) -> Path:
-    """The user cache of one dataset: ``$XDG_CACHE_HOME`` or ``~/.cache``, then ``fedsim/<name>``. May not exist."""
+    """The user cache for one thing: ``$XDG_CACHE_HOME`` or ``~/.cache``, then ``fedsim/<name>``. May not exist."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "fedsim" / name
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsim.records import ClientEvaluation, Indices
+from fedsim.records import ClientEvaluation, Indices, RoundRecord
 from fedsim.report import figures
 from fedsim.report.figures import Floats, Series
 from fedsim.report.numbers import ABSENT, duration, number, percent, size
@@ -49,6 +49,9 @@ def learning(found: Results) -> Section:
         lead = "Loss and accuracy are means over the clients' own models, each on the held-out examples of all."
     if skipped:
         lead += f" Updates left out because they were not finite: {skipped}."
+    failed = sum(len(r.failed) for r in found.rounds)
+    if failed:
+        lead += f" {failed} {'times' if failed > 1 else 'time'} a client of a cohort contributed nothing; see the table."
     return Section(title, lead, tuple(charts))
 
 
@@ -193,6 +196,18 @@ def _summary(facts: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 # ---------------------------------------------------------------- rounds
 
+LISTED, REASON = 3, 60  # clients that failed in a round, and letters of a reason, that its row shows
+
+
+def _left_out(record: RoundRecord) -> str:
+    """How many updates of a cohort are not in the model, and why."""
+    if not record.skipped and not record.failed:
+        return ABSENT
+    reasons = [f"client {client}: {reason[:REASON]}" for client, reason in list(record.failed.items())[:LISTED]]
+    more = len(record.failed) - len(reasons)
+    told = "; ".join([*reasons, *([f"and {more} more"] if more > 0 else [])])
+    return number(len(record.skipped) + len(record.failed)) + (f" ({told})" if told else "")
+
 
 def rounds(found: Results) -> Section:
     """Every round as a row."""
@@ -207,7 +222,7 @@ def rounds(found: Results) -> Section:
             "loss": _column((r.loss for r in records), number),
             "training loss": _column((r.train_loss for r in records), number),
             "clients": [number(r.clients) for r in records],
-            "left out": [number(len(r.skipped)) if r.skipped else ABSENT for r in records],
+            "left out": [_left_out(r) for r in records],
             "up": [size(r.bytes_up) for r in records],
             "down": [size(r.bytes_down) for r in records],
             "time": [duration(r.seconds) for r in records],

@@ -141,3 +141,13 @@ def test_the_table_of_rounds_leaves_out_columns_without_values(make):
     assert "epsilon" not in table.columns
     assert "left out" not in table.columns
     assert [row[0] for row in table.rows] == ["1", "2", "3"]
+
+
+def test_who_failed_in_a_round_is_in_its_row(make):
+    failed = {k: f"{'x' * 70}{k}" for k in (2, 5, 7, 9)}
+    one, *others = make.records(3)
+    found = results(runs.open_run(make(made=[dataclasses.replace(one, failed=failed, skipped=(1,)), *others])))
+    column = list(sections.rounds(found).table.columns).index("left out")
+    cells = [row[column] for row in sections.rounds(found).table.rows]
+    assert cells == [f"5 (client 2: {'x' * 60}; client 5: {'x' * 60}; client 7: {'x' * 60}; and 1 more)", "–", "–"]
+    assert "4 times a client of a cohort contributed nothing" in sections.learning(found).lead
