@@ -18,7 +18,9 @@ TOLERANCE = 1e-5  # relative, of losses and of tensors, for each round so far: a
 FLOOR = 0.01  # nats; a loss below it is compared as if it were so large, for its own rounding does not shrink with it
 
 SENT = ("bytes_up", "bytes_down")
-HELD_OUT = ("loss", "accuracy", "client_accuracy_mean", "client_accuracy_std", "client_accuracy_worst_tenth")
+_ON_CLIENTS = ("client_accuracy_mean", "client_accuracy_std", "client_accuracy_worst_tenth")
+HELD_OUT = ("loss", "accuracy", *_ON_CLIENTS)
+BY_CLIENTS = (*_ON_CLIENTS, "failed")  # what clients on separate machines say, or fail to
 _TOLD = ("fedsim", "python", "torch", "numpy", "flwr", "cpu", "platform", "git")
 _PLACED = {"device": "cpu", "precision": "fp32", "compiled": False}  # of engines that do not tell
 

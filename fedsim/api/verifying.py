@@ -80,6 +80,7 @@ class _Comparison:
     initial: Mapping[str, Any]
     finals: Sequence[tuple[str, int, Params]]
     same_engine: bool
+    apart: bool
     on_round: OnRound
     found: list[Difference] = field(default_factory=list)
     last: int = 0
@@ -110,7 +111,7 @@ class _Comparison:
         if round % self.federation.eval_every and round != total:
             left_out |= set(differences.HELD_OUT)
         if not self.same_engine:
-            left_out |= set(differences.SENT)
+            left_out |= {*differences.SENT, *differences.BY_CLIENTS} if self.apart else set(differences.SENT)
         return [f.name for f in fields(RoundRecord) if f.name not in left_out]
 
     def _add(self, found: list[Difference]) -> None:
@@ -156,7 +157,7 @@ def verify(
     recorded = _recorded(opened)
     count = len(recorded) if rounds == "all" else min(rounds, len(recorded))
     with importable(folders.config_folder(opened)), folders.one_thread():
-        config = config_files.load(opened.config(), overrides or {})
+        config = config_files.load(opened.config(), {**_here(opened), **(overrides or {})})
         federation, engine = build.federation(config, progress)
         folders.check_same_data(federation, opened)
         federation = replace(federation, rounds=count)  # schedules are made already, and follow the whole run
@@ -169,12 +170,19 @@ def verify(
             opened.summary().get("initial") or {},
             _finals(opened) if count == len(recorded) else (),
             engine.describe().get("name") == before.get("name"),
+            before.get("runtime") == "deployment",
             on_round or folders.ignore,
         )
         (on_start or folders.ignore)(engine.describe().get("name", config.engine.name), count)
         with contextlib.suppress(_Parted):
             run_rounds(federation, start(federation), engine, comparison.take)
         return _result(opened, comparison, engine)
+
+
+def _here(folder: runs.RunFolder) -> dict[str, Any]:
+    """Changes to the config without which the run cannot run here: other machines are not at hand."""
+    engine = folder.environment().get("engine", {})
+    return {"engine": "reference"} if engine.get("runtime") == "deployment" else {}
 
 
 def _check(rounds: int | Literal["all"], overrides: Mapping[str, Any]) -> None:
@@ -191,7 +199,8 @@ def _check(rounds: int | Literal["all"], overrides: Mapping[str, Any]) -> None:
 def _recorded(folder: runs.RunFolder) -> list[RoundRecord]:
     kind = folder.summary().get("kind", "federated")
     if kind != "federated":
-        raise DataError(f"{folder.path}: a baseline ({kind}) cannot be verified, only a federated run")
+        what = "a Flower app" if kind == "flower-app" else f"a baseline ({kind})"
+        raise DataError(f"{folder.path}: {what} cannot be verified, only a federated run")
     recorded, path = folder.rounds(), folder.path / "rounds.jsonl"
     if not recorded:
         raise DataError(f"{path}: no whole round to verify")
@@ -233,6 +242,8 @@ def _reasons(opened: runs.RunFolder, config: Config, engine: Engine, last: int) 
     recorded, now = opened.environment(), environment.describe(engine.describe())
     reasons = differences.of_environments(recorded, now)
     reasons += [f"the code of {module} has changed" for module in folders.other_code(config, opened)]
+    for record in opened.rounds()[:last]:
+        reasons += [f"round {record.round} was without client {k}: {why}" for k, why in record.failed.items()]
     for resumed in recorded.get("resumed", []):
         if resumed.get("round", 0) < last:
             other = differences.of_environments(resumed, now)

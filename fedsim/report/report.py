@@ -20,6 +20,7 @@ BASELINES = {
     "centralised": "Baseline: all data in one place.",
     "alone": "Baseline: every client on its own; loss and accuracy are means over the clients' own models.",
 }
+FLOWER_APP = "A Flower app, run as it is: the numbers are those that its messages and its strategy show."
 _KEY = re.compile(r"^( *(?:- )*)([^\s:#'&\"-][^:\n]*)(?=:(?: |$))", re.MULTILINE)
 
 
@@ -55,7 +56,7 @@ def page(run: runs.RunFolder) -> bytes:
         title=found.name,
         folder=run.path.resolve().name,
         found=found,
-        baseline=BASELINES.get(found.kind, ""),
+        note=_note(found.kind, run.summary()),
         about=_about(config),
         tiles=_tiles(found, facts, config),
         sections=[
@@ -67,6 +68,14 @@ def page(run: runs.RunFolder) -> bytes:
         config=_highlighted(config),
         environment={key: _plain(value) for key, value in leaves(run.environment()).items()},
     )
+
+
+def _note(kind: str, summary: Mapping[str, Any]) -> str:
+    """What must be known of a run that is not an ordinary one."""
+    if kind != "flower-app":
+        return BASELINES.get(kind, "")
+    missing = summary.get("not_seen") or []
+    return " ".join([FLOWER_APP, *(["What it does not show:"] if missing else []), *missing])
 
 
 def _about(config: Mapping[str, Any]) -> list[tuple[str, str]]:

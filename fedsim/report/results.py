@@ -28,7 +28,7 @@ class Point:
 class Results:
     """Headline numbers of one run, with its rounds.
 
-    kind: federated, or one of the two baselines: centralised, alone. planned: rounds the config asks for.
+    kind: federated, one of the two baselines (centralised, alone), or flower-app. planned: rounds that were asked for.
     rounds_to_target: None without a target, or if it was not reached.
     bytes_up, bytes_down, seconds: all rounds together. error: why the run failed.
     """
@@ -74,7 +74,7 @@ def results(run: RunFolder) -> Results:
     train = config.get("train") or {}
     target, first = train.get("target_accuracy"), summary.get("initial")
     initial = Metrics(0, first.get("loss"), first.get("accuracy")) if first else None
-    found = summarize(rounds, initial, planned=train.get("rounds") or 0, target=target)
+    found = summarize(rounds, initial, planned=train.get("rounds") or summary.get("rounds") or 0, target=target)
     return Results(
         name=str(config.get("name") or run.path.name),
         kind=str(summary.get("kind") or "federated"),  # older folders do not say

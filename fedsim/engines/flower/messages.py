@@ -5,6 +5,7 @@ fixed time on each. Its ``stype`` is not NumPy's, so code that would average the
 What stays on a client, its state, is a record of ordinary arrays in ``context.state``.
 """
 
+import functools
 import math
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -12,10 +13,12 @@ from flwr.common.serde import array_to_proto, recorddict_to_proto
 
 from fedsim import params as p
 from fedsim import wire
+from fedsim.engines.flower.arrays import encoded_length
 from fedsim.records import Broadcast, ClientUpdate, Params
 
 STYPE = "fedsim.safetensors"
-_TENSORS, _ORDER, _STATE = "fedsim.tensors", "fedsim.order", "fedsim.state"  # names of records
+STATE = "fedsim.state"  # name of the record in a client's context.state
+_TENSORS, _ORDER = "fedsim.tensors", "fedsim.order"  # names of records
 _BLOB = "blob"
 
 
@@ -80,12 +83,12 @@ def read_update(content: RecordDict, broadcast: Broadcast, client: int) -> Clien
 
 def state_content(state: Params) -> RecordDict:
     """A client's ``context.state``: copies of the tensors, nothing for an empty state."""
-    return RecordDict({_STATE: ArrayRecord.from_torch_state_dict(state)} if state else {})
+    return RecordDict({STATE: ArrayRecord.from_torch_state_dict(state)} if state else {})
 
 
 def read_state(content: RecordDict) -> Params:
     """The inverse of :func:`state_content`."""
-    arrays = content.get(_STATE)
+    arrays = content.get(STATE)
     return dict(arrays.to_torch_state_dict()) if isinstance(arrays, ArrayRecord) else {}
 
 
@@ -108,8 +111,13 @@ def _array_record_bytes(record: ArrayRecord) -> int:
 
 
 def _array_bytes(array: Array) -> int:
-    rest = array_to_proto(Array(array.dtype, array.shape, array.stype, b"")).ByteSize()
-    return int(rest) + (_field(len(array.data)) if array.data else 0)
+    length = encoded_length(array)
+    return _frame_bytes(array.dtype, tuple(array.shape), array.stype) + (_field(length) if length else 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _frame_bytes(dtype: str, shape: tuple[int, ...], stype: str) -> int:
+    return int(array_to_proto(Array(dtype, shape, stype, b"")).ByteSize())
 
 
 def _text(text: str) -> int:

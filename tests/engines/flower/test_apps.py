@@ -77,7 +77,7 @@ def cohort(federation: Federation, engine: Engine, clients: list[int]) -> Cohort
 
     def loop(cohorts: Cohorts) -> None:
         state = f.start(federation)
-        got.append(cohorts.run_cohort(f._broadcast(federation, state, 1), clients, {}, 5))
+        got.append(cohorts.run_cohort(f.broadcast(federation, state, 1), clients, {}, 5))
 
     engine.drive(job(federation), loop)
     return got[0]
@@ -120,7 +120,7 @@ def cohort_of(federation: Federation, app: ClientApp, grid: type[InProcessGrid] 
     nodes = grid(app, federation.data.num_clients)
     cohorts = GridCohorts(nodes, job(federation), nodes.nodes, nodes.states)
     with task_identity():
-        return cohorts.run_cohort(f._broadcast(federation, f.start(federation), 1), [4, 0, 2], {}, 5)
+        return cohorts.run_cohort(f.broadcast(federation, f.start(federation), 1), [4, 0, 2], {}, 5)
 
 
 def stranger(reply: Callable[[Message], Message]) -> ClientApp:
@@ -166,7 +166,7 @@ def test_replies_are_told_apart_by_their_message_and_a_lost_one_is_an_error(fede
 
 def test_a_client_refuses_the_message_of_another(federation: Make) -> None:
     made = federation()
-    packed = messages.pack_broadcast(f._broadcast(made, f.start(made), 1))
+    packed = messages.pack_broadcast(f.broadcast(made, f.start(made), 1))
     grid = InProcessGrid(client_app(job(made)), 7)
     with task_identity():
         message = Message(messages.train_content(packed, 3, 1), grid.nodes[2], "train")

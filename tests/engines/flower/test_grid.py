@@ -225,6 +225,21 @@ def test_a_million_nodes_cost_no_objects() -> None:
     assert len(grid.states) == 1
 
 
+def test_a_server_that_waits_for_nodes_is_told_that_none_will_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsim.engines.flower.grid.PAUSE_S", 0.01)
+    monkeypatch.setattr("flwr.serverapp.strategy.strategy_utils.sleep", lambda _: time.sleep(0.02))
+    with quiet_log(), pytest.raises(RuntimeError, match="waits for more nodes than the 1 there are"):
+        FedAvg().start(grid=InProcessGrid(echo(), 1), initial_arrays=ArrayRecord(), num_rounds=1)
+
+
+def test_looking_at_the_nodes_is_no_waiting_without_a_pause_or_with_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = InProcessGrid(echo(), 2)
+    assert [list(grid.get_node_ids()) for _ in range(50)] == [[2, 3]] * 50
+    monkeypatch.setattr("fedsim.engines.flower.grid.PAUSE_S", 0.0)
+    for _ in range(50):
+        ask(grid, *grid.get_node_ids())
+
+
 def test_a_grid_needs_a_node() -> None:
     with pytest.raises(ValueError, match="num_nodes must be >= 1, got 0"):
         InProcessGrid(echo(), 0)
