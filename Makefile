@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 FASHION_MNIST := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 export FLWR_TELEMETRY_ENABLED := 0
 
-.PHONY: help run test check lint types layers tests slow data browser bench bench-short format clean
+.PHONY: help run test check lint types layers tests slow data browser network bench bench-short format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -45,7 +45,7 @@ layers: $(VENV)/.installed-dev ## a file imports only from its own or a lower la
 tests: $(VENV)/.installed-dev data ## the tests that take no more than a few seconds each
 	$(BIN)/python -m pytest -m "not slow"
 
-slow: $(VENV)/.installed-dev data browser ## every test
+slow: $(VENV)/.installed-dev data browser network ## every test
 	$(BIN)/python -m pytest
 
 data: $(VENV)/.installed-dev ## Fashion-MNIST: from Debian's package where apt works, otherwise downloaded
@@ -53,6 +53,9 @@ data: $(VENV)/.installed-dev ## Fashion-MNIST: from Debian's package where apt w
 
 browser: ## headless Chromium for the test of the report; without it that test is skipped
 	@command -v chromium >/dev/null || .ci/apt chromium || echo "no chromium: the test of the report in a browser is skipped"
+
+network: ## iproute2 for the test with hosts of their own; without it that test is skipped
+	@command -v ip >/dev/null || .ci/apt iproute2 || echo "no ip: the test with a slow network is skipped"
 
 bench: ## time fedsim, a bare torch loop and other libraries in turn (benchmarks/README.md); about an hour
 	$(MAKE) --directory benchmarks

@@ -40,6 +40,7 @@ def test_the_ten_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
 
 
 def test_files_that_the_pages_name_are_there():
-    for page in ("README.md", "CONTRIBUTING.md", "docs/design.md", "docs/custom.md", "docs/ray.md"):
+    pages = ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
+    for page in pages:
         named = re.findall(r"`((?:configs|docs|examples|fedsim|tests)/[\w./-]+\w)`", (ROOT / page).read_text())
         assert [name for name in named if not (ROOT / name).exists()] == []

@@ -12,7 +12,7 @@ import click
 import typer
 
 from fedsim import __version__
-from fedsim.cli import checking, flower_running, looking, running
+from fedsim.cli import certifying, checking, deploying, flower_running, looking, running
 from fedsim.errors import ConfigError, FedsimError
 
 INTERRUPTED = 130
@@ -28,6 +28,8 @@ app = typer.Typer(
 running.add_to(app)
 checking.add_to(app)
 looking.add_to(app)
+certifying.add_to(app)
+deploying.add_to(app)
 flower_running.add_to(app)
 
 

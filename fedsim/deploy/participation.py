@@ -1,0 +1,123 @@
+"""A client on a machine of its own, as a Flower ClientApp: it answers the server's messages with its own data."""
+
+import platform
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedsim import __version__
+from fedsim.deploy import contents as c
+from fedsim.deploy import settings
+from fedsim.deploy.states import States
+from fedsim.engines.flower import messages as m
+from fedsim.records import Broadcast, ClientEvaluation, Examples
+from fedsim.training.client import LocalWork, train_client
+from fedsim.training.evaluate import score
+
+
+@dataclass(frozen=True)
+class Participant:
+    """One client: what it does, and what it holds.
+
+    client: its number in the federation, >= 0. test: its held-out examples, may be none.
+    own_data: the examples are its own, not a part of the server's split.
+    settings: from its own config. states: where it keeps what its local rule needs from round to round.
+    over: set when the server says that the run is over.
+    say: prints a line for a person.
+    """
+
+    client: int
+    work: LocalWork
+    train: Examples
+    test: Examples
+    own_data: bool
+    settings: settings.Settings
+    states: States
+    say: Callable[[str], None]
+    over: threading.Event = field(default_factory=threading.Event)
+
+
+def versions() -> str:
+    """Of what changes numbers, in one line."""
+    return f"fedsim {__version__}, torch {version('torch')}, Python {platform.python_version()}"
+
+
+def client_app(of: Callable[[Context], Participant]) -> ClientApp:
+    """Answers ``query.join``, ``train``, ``evaluate`` and ``query.end``.
+
+    of: the participant that a context belongs to. What leaves it: the update, buffers and their numbers, how the model
+        does on its held-out examples, and how many examples it has.
+    """
+    app = ClientApp()
+
+    @app.query("join")
+    def join(message: Message, context: Context) -> Message:
+        return Message(c.member_content(_member(of(context), c.read_facts(message.content))), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return Message(_train(of(context), message.content), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        who = of(context)
+        _refuse_other_settings(who, c.read_facts(message.content))
+        broadcast = m.read_train(message.content)[0]
+        return Message(c.with_scores(RecordDict(), _scores(who, broadcast, broadcast.round)), reply_to=message)
+
+    @app.query("end")
+    def end(message: Message, context: Context) -> Message:
+        who = of(context)
+        who.say("the server says that the run is over")
+        who.over.set()
+        return Message(RecordDict(), reply_to=message)
+
+    return app
+
+
+def _member(who: Participant, facts: c.RunFacts) -> c.Member:
+    differs = _differences(who, facts)
+    for line in differs:
+        who.say(f"cannot take part: {line}")
+    if not differs:
+        who.say(f"joined as client {who.client} with {len(who.train)} examples")
+    return c.Member(who.client, len(who.train), who.own_data, versions(), tuple(differs))
+
+
+def _train(who: Participant, content: RecordDict) -> RecordDict:
+    """Evaluate the model as it comes, if asked to, and train it."""
+    facts = c.read_facts(content)
+    _refuse_other_settings(who, facts)
+    broadcast, client, key = m.read_train(content)
+    if client != who.client:
+        raise ValueError(f"got a message for client {client}, being {who.client}")
+    scores = _scores(who, broadcast, broadcast.round - 1) if facts.evaluate else None
+    state = who.states.before(facts.run, broadcast.round)
+    if state is None:
+        state = who.work.rule.init(broadcast.params)
+    result = train_client(who.work, broadcast, client, who.train, state=state, key=key)
+    who.states.keep(facts.run, broadcast.round, result.state)
+    told = f"loss {result.metrics['train_loss']:.4f}"
+    who.say(f"round {broadcast.round}: trained on {result.num_examples} examples, {told}")
+    return c.with_scores(m.update_content(replace(result, state={})), scores)
+
+
+def _scores(who: Participant, broadcast: Broadcast, round: int) -> ClientEvaluation | None:
+    if not len(who.test):
+        return None
+    loss, accuracy = score(who.work.model, broadcast.params, broadcast.buffers, who.test).mean()
+    return ClientEvaluation(round, who.client, len(who.test), loss, accuracy)
+
+
+def _differences(who: Participant, facts: c.RunFacts) -> list[str]:
+    return settings.differences(who.settings, settings.decode(facts.settings), own_data=who.own_data)
+
+
+def _refuse_other_settings(who: Participant, facts: c.RunFacts) -> None:
+    differs = _differences(who, facts)
+    if differs:
+        raise ValueError("; ".join(differs))

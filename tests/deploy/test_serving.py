@@ -1,0 +1,343 @@
+"""The round loop of separate machines, on a grid in this process: the numbers of ``reference``, and what goes wrong."""
+
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from federations import CASES, CLIENTS, federation, result, tensors
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
+
+from fedsim.deploy import contents, participation, serving
+from fedsim.deploy.members import Members, Post
+from fedsim.deploy.states import States
+from fedsim.engines.flower import messages as m
+from fedsim.engines.flower.grid import InProcessGrid
+from fedsim.engines.flower.process import quiet_log, task_identity
+from fedsim.engines.reference import reference
+from fedsim.errors import RunError
+from fedsim.federation import start
+
+RUN = "0123456789abcdef" * 2
+RULES = serving.Rules(clients=1, min_clients=1, wait_s=0.5, round_timeout_s=5, max_norm_ratio=30)
+SETTINGS = {"seed": 5, "train.optimizer.lr": 0.1}
+
+
+class Tampered(InProcessGrid):
+    """A grid some of whose nodes are away, or whose replies somebody has changed."""
+
+    away: frozenset[int] = frozenset()
+    change = staticmethod(lambda message, reply: reply)
+
+    def get_node_ids(self):
+        return [node for i, node in enumerate(self.nodes) if i not in self.away]
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        ids = super().push_messages(messages)
+        for message, key in zip(messages, ids, strict=True):
+            self._replies[key] = self.change(message, self._replies[key])
+            if self._replies[key] is None:
+                del self._replies[key]
+        return ids
+
+
+def participant(made, client, folder, /, **changes):
+    data = made.data
+    test = data.client_test.take(torch.from_numpy(data.test_partition.client(client)))
+    states = States(folder / str(client))
+    who = participation.Participant(
+        client, made.work, data.client(client), test, False, SETTINGS, states, lambda _: None
+    )
+    return replace(who, **changes)
+
+
+@contextmanager
+def members_of(made, folder, said=None, registered=None, **changes):
+    people = [participant(made, client, folder, **changes.get(f"client{client}", {})) for client in range(CLIENTS)]
+    app = participation.client_app(lambda context: people[context.node_config["partition-id"]])
+    with quiet_log(), task_identity():
+        grid = Tampered(app, CLIENTS)
+        facts = contents.RunFacts(RUN, '{"seed": 5, "train.optimizer.lr": 0.1}')
+        post = Post(grid, lambda: None)
+        say = [].append if said is None else said.append
+        yield Members(post, facts, CLIENTS, registered or {}, made.data.partition.sizes().tolist(), say)
+
+
+def served(made, members, rules=RULES, state=None):
+    lines = []
+    final = serving.serve(made, state or start(made), members, rules, lines.append)
+    return final, lines
+
+
+def with_test_parts(made):
+    """Test examples dealt out to the first clients; the last has none."""
+    from fedsim.records import Partition
+
+    held = np.arange(30)
+    offsets = np.minimum(np.arange(CLIENTS + 1) * 2, 30)
+    return replace(made, data=replace(made.data, test_partition=Partition(offsets, held)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_numbers_are_those_of_reference(case, tmp_path):
+    made = with_test_parts(federation(case))
+    final, records, _ = result(made, reference())
+    with members_of(made, tmp_path) as members:
+        found, lines = served(made, members)
+    assert all(torch.equal(t, tensors(replace(found, clients=final.clients))[n]) for n, t in tensors(final).items())
+    assert not found.clients  # what clients keep stays with them
+    assert len(lines) == len(records)
+    for line, record in zip(lines, records, strict=True):
+        ours = line.record
+        for field in ("round", "loss", "accuracy", "train_loss", "clients", "cohort", "skipped", "failed"):
+            assert getattr(ours, field) == getattr(record, field), field
+        assert record.bytes_up <= ours.bytes_up and record.bytes_down <= ours.bytes_down
+
+
+def test_clients_say_how_the_model_does_and_the_round_is_recorded_with_it(tmp_path):
+    made = replace(with_test_parts(federation("plain")), eval_every=1, clients_per_round=CLIENTS)
+    expected = []
+    from fedsim.federation import run
+
+    run(made, start(made), reference(), expected.append)
+    with members_of(made, tmp_path) as members:
+        _, lines = served(made, members)
+    for ours, theirs in zip(lines[1:], expected[1:], strict=True):
+        assert [one.client for one in ours.evaluations] == list(range(15))
+        for a, b in zip(ours.evaluations, theirs.evaluations, strict=True):
+            assert (a.round, a.client, a.num_examples, a.accuracy) == (b.round, b.client, b.num_examples, b.accuracy)
+            assert a.loss == pytest.approx(b.loss, rel=1e-6)  # another number of rows in one product
+        assert ours.record.client_accuracy_std == pytest.approx(theirs.record.client_accuracy_std)
+
+
+def test_only_the_cohort_of_the_next_round_is_asked_and_everybody_at_the_end(tmp_path):
+    made = replace(with_test_parts(federation("plain")), eval_every=2)
+    with members_of(made, tmp_path) as members:
+        _, lines = served(made, members)
+    by_round = {line.record.round: {one.client for one in line.evaluations} for line in lines}
+    cohort = {k for k in lines[3].record.cohort if k < 15}
+    assert by_round == {0: set(), 1: set(), 2: cohort, 3: set(range(15))}
+
+
+def test_a_resumed_server_gets_the_same_numbers_although_clients_have_gone_on(tmp_path):
+    made = federation("states")
+    with members_of(made, tmp_path) as members:
+        final, lines = served(made, members)
+        again, _ = served(made, members, state=lines[1].state)  # clients still hold states of rounds 2 and 3
+    assert all(torch.equal(t, tensors(again)[n]) for n, t in tensors(final).items())
+
+
+def tampering(client, change):
+    """Change the update in what this client's node replies to ``train``."""
+
+    def changed(message, reply):
+        if message.metadata.message_type != "train" or message.metadata.dst_node_id != client + 2:
+            return reply
+        broadcast = m.read_train(message.content)[0]
+        update = m.read_update(reply.content, broadcast, client)
+        reply.content[m._TENSORS] = m.update_content(change(update))[m._TENSORS]
+        return reply
+
+    return changed
+
+
+def times(factor):
+    return lambda u: replace(u, update={n: factor * t for n, t in u.update.items()})
+
+
+WRONG = {
+    "nan": (times(float("nan")), "is not finite"),
+    "shape": (lambda u: replace(u, update={n: t[..., None] for n, t in u.update.items()}), "shape"),
+    "names": (lambda u: replace(u, update={f"x{n}": t for n, t in u.update.items()}), "x0.weight"),
+    "more examples": (lambda u: replace(u, num_examples=10**9), "says it has 1000000000 examples, having joined with"),
+    "no examples": (lambda u: replace(u, num_examples=0), "num_examples must be >= 1, got 0"),
+    "another client": (lambda u: replace(u, client=0), "the update is of client 0"),
+    "loss": (lambda u: replace(u, metrics={"train_loss": float("inf")}), "train_loss is not finite"),
+    "metrics": (lambda u: replace(u, metrics={}), "metrics have no train_loss"),
+    "100 times": (times(-100.0), "times the cohort's median (limit 30)"),
+}
+
+
+@pytest.fixture
+def everybody():
+    return replace(federation("plain"), clients_per_round=CLIENTS)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_update_is_left_out_and_named(wrong, everybody, tmp_path):
+    change, reason = WRONG[wrong]
+    with members_of(everybody, tmp_path / "a") as members:
+        members.post.grid.change = tampering(3, change)
+        final, lines = served(everybody, members)
+    assert all(list(line.record.failed) == [3] and reason in line.record.failed[3] for line in lines[1:])
+    assert all(line.record.clients == CLIENTS - 1 and 3 not in line.record.cohort for line in lines[1:])
+    with members_of(everybody, tmp_path / "b") as members:  # the same as if it had not been there
+        members.post.grid.away = frozenset({3})
+        without, _ = served(everybody, members)
+    assert all(torch.equal(t, without.params[name]) for name, t in final.params.items())
+
+
+def test_rubbish_instead_of_a_reply(everybody, tmp_path):
+    from flwr.app import RecordDict
+
+    with members_of(everybody, tmp_path) as members:
+        members.post.grid.change = lambda message, reply: (
+            Message(RecordDict(), reply_to=message) if message.metadata.message_type == "train" else reply
+        )
+        final, lines = served(replace(everybody, rounds=1), members)
+    assert set(lines[1].record.failed) == set(range(CLIENTS)) and lines[1].record.clients == 0
+    assert all(torch.equal(t, start(everybody).params[name]) for name, t in final.params.items())
+
+
+@pytest.mark.parametrize("scores", [{"num_examples": 0}, {"loss": float("nan")}, {"accuracy": 1.5}, {"accuracy": 1}])
+def test_a_wrong_evaluation_is_left_out_with_its_update(scores, everybody, tmp_path):
+    def change(message, reply):
+        if message.metadata.dst_node_id == 5 and reply.has_content() and contents._SCORES in reply.content:
+            record = reply.content[contents._SCORES]
+            record.update(scores)
+        return reply
+
+    made = replace(with_test_parts(everybody), eval_every=1)
+    with members_of(made, tmp_path) as members:
+        members.post.grid.change = change
+        _, lines = served(made, members)
+    assert [list(line.record.failed) for line in lines] == [[], [], [3], [3]]
+    assert all(one.client != 3 for line in lines for one in line.evaluations)
+
+
+def test_silence_and_errors_of_flower(everybody, tmp_path):
+    def change(message, reply):
+        if message.metadata.message_type != "train":
+            return reply
+        if message.metadata.dst_node_id == 4:
+            return None
+        return (
+            Message(Error(ErrorCode.NODE_UNAVAILABLE, "gone"), reply_to=message)
+            if message.metadata.dst_node_id == 5
+            else reply
+        )
+
+    said = []
+    with members_of(everybody, tmp_path, said) as members:
+        members.post.grid.change = change
+        _, lines = served(replace(everybody, rounds=1), members, replace(RULES, round_timeout_s=0.2))
+    assert lines[1].record.failed == {2: "no reply within 0.2 s", 3: "gone"}
+    assert "round 1: without client 2: no reply within 0.2 s" in said
+
+
+def test_a_node_that_was_away_is_not_waited_for_to_the_end(everybody, tmp_path, monkeypatch):
+    from fedsim.deploy import members as places
+
+    monkeypatch.setattr(places, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(places, "LOST_S", 0.2)
+
+    def change(message, reply):
+        if message.metadata.message_type == "train" and message.metadata.dst_node_id == 4:
+            members.post.grid.away = frozenset({2})  # its message is lost, and it will not answer when it is back
+            threading.Timer(0.1, lambda: setattr(members.post.grid, "away", frozenset())).start()
+            return None
+        return reply
+
+    with members_of(everybody, tmp_path) as members:
+        members.post.grid.change = change
+        _, lines = served(replace(everybody, rounds=1), members, replace(RULES, round_timeout_s=60))
+    assert lines[1].record.failed == {2: "went away without a reply"} and lines[1].record.seconds < 30
+
+
+def test_a_client_that_raises_is_left_out(everybody, tmp_path):
+    broken = replace(everybody.data.client(6), labels=torch.full_like(everybody.data.client(6).labels, 77))
+    with members_of(everybody, tmp_path, client6={"train": broken}) as members:
+        _, lines = served(replace(everybody, rounds=1), members)
+    assert list(lines[1].record.failed) == [6] and "IndexError" in lines[1].record.failed[6]
+
+
+def test_too_few_clients(everybody, tmp_path):
+    said = []
+    with members_of(everybody, tmp_path, said) as members:
+        members.post.grid.away = frozenset({1, 20})
+        with pytest.raises(
+            RunError, match=r"gave up after 0.5 s, still missing clients 1, 20: 22 of 24 needed are here"
+        ):
+            served(everybody, members, replace(RULES, clients=CLIENTS))
+    assert "waiting for clients 1, 20: 22 of 24 needed are here" in said
+    assert said.count("waiting for clients 1, 20: 22 of 24 needed are here") == 1
+
+
+def test_too_few_of_a_cohort_in_a_later_round(everybody, tmp_path):
+    with members_of(everybody, tmp_path) as members:
+        grid, lines = members.post.grid, []
+
+        def leave(line):
+            lines.append(line)
+            grid.away = frozenset(range(CLIENTS - 2)) if line.record.round == 1 else frozenset()
+
+        with pytest.raises(RunError, match="2 of 12 needed are here"):
+            serving.serve(everybody, start(everybody), members, replace(RULES, min_clients=12), leave)
+    assert [line.record.round for line in lines] == [0, 1]
+
+
+def test_a_client_comes_back(everybody, tmp_path):
+    with members_of(everybody, tmp_path) as members:
+        grid, lines = members.post.grid, []
+
+        def leave(line):
+            lines.append(line)
+            grid.away = frozenset({8}) if line.record.round == 0 else frozenset()
+
+        serving.serve(everybody, start(everybody), members, RULES, leave)
+    assert [line.record.failed for line in lines] == [{}, {8: "not connected"}, {8: "not connected"}, {}]
+
+
+REFUSED = {
+    "settings": (
+        {"settings": {**SETTINGS, "train.optimizer.lr": 0.2}},
+        "train.optimizer.lr is 0.2 here, 0.1 at the server",
+    ),
+    "examples": ({"train": None}, "has 2 examples where the split gives it"),
+    "number": ({"client": 99}, "the federation has clients 0 to 23"),
+    "twice": ({"client": 0, "own_data": True}, "node 2 from now on: another is client 0"),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_who_cannot_take_part_is_refused_once(reason, everybody, tmp_path):
+    changes, expected = REFUSED[reason]
+    if "train" in changes:
+        changes = {"train": everybody.data.train.take(torch.arange(2))}
+    said = []
+    with members_of(everybody, tmp_path, said, client5=changes) as members:
+        served(replace(everybody, rounds=1), members)
+        here = members.here()
+    assert 5 not in here and len(here) == CLIENTS - 1
+    assert sum(expected in line for line in said) == 1
+
+
+def test_own_data_need_not_be_what_the_split_says(everybody, tmp_path):
+    own = {"train": everybody.data.train.take(torch.arange(2)), "own_data": True, "settings": {**SETTINGS, "seed": 99}}
+    with members_of(everybody, tmp_path, client5=own) as members:
+        _, lines = served(replace(everybody, rounds=1), members)
+    assert lines[1].record.clients == CLIENTS
+
+
+def test_a_key_is_good_for_its_own_client_only(everybody, tmp_path):
+    said, registered = [], {k: k + 2 for k in range(CLIENTS)}
+    registered[3], registered[4] = registered[4], registered[3]
+    with members_of(everybody, tmp_path, said, registered) as members:
+        assert sorted(members.here()) == [k for k in range(CLIENTS) if k not in (3, 4)]
+    assert "refused client 3: its key is that of client 4" in said
+
+
+def test_all_are_told_that_it_is_over(everybody, tmp_path):
+    people = []
+    with members_of(everybody, tmp_path) as members:
+        app = participation.client_app(lambda context: people[context.node_config["partition-id"]])
+        people += [participant(everybody, client, tmp_path) for client in range(CLIENTS)]
+        members.post.grid._client_app = app
+        served(replace(everybody, rounds=1), members)
+        assert not any(who.over.is_set() for who in people)
+        serving.end(members, 5)
+    assert all(who.over.is_set() for who in people)
