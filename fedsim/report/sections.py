@@ -51,7 +51,8 @@ def learning(found: Results) -> Section:
         lead += f" Updates left out because they were not finite: {skipped}."
     failed = sum(len(r.failed) for r in found.rounds)
     if failed:
-        lead += f" {failed} {'times' if failed > 1 else 'time'} a client of a cohort contributed nothing; see the table."
+        times = "times" if failed > 1 else "time"
+        lead += f" {failed} {times} a client of a cohort contributed nothing; see the table."
     return Section(title, lead, tuple(charts))
 
 

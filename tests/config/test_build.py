@@ -182,6 +182,9 @@ def test_adam_with_a_cosine_is_resumed_bit_for_bit(valid, tmp_path, monkeypatch)
     assert lines(flat)[0] == lines(whole)[0] and weights(flat) != weights(whole)
 
 
+AN_ENGINE = "an Engine, with prepared, drive and describe"
+
+
 @pytest.mark.parametrize(
     ("key", "name", "message"),
     [
@@ -197,7 +200,7 @@ def test_adam_with_a_cosine_is_resumed_bit_for_bit(valid, tmp_path, monkeypatch)
         ("strategy", "nothing", "strategy.name: must make fedsim's Strategy, but {} made NoneType"),
         ("train.optimizer", "arrays", "train.optimizer.name: must make fedsim's Optimizer, but {} made tuple"),
         ("train.schedule", "nothing", "train.schedule.name: must make a function of the round, but {} made NoneType"),
-        ("engine", "nothing", "engine.name: must make an Engine, with prepared, drive and describe, but {} made NoneType"),
+        ("engine", "nothing", f"engine.name: must make {AN_ENGINE}, but {{}} made NoneType"),
     ],
 )  # fmt: skip
 def test_a_foreign_component_that_fails_or_makes_the_wrong_thing_is_named(made, key, name, message):
