@@ -7,6 +7,8 @@ import signal
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable
 
 GRACE_S = 6.0  # to tell the server, before the whole group is killed
 LOOK_S = 0.2
@@ -28,7 +30,27 @@ def main() -> None:
     if pace == "quick":
         _quicken()
     sys.argv = ["flower-supernode", *arguments]
-    flower_supernode()
+    try:
+        code = _code_of(flower_supernode)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        _clean(int(parent), folder)
+    os._exit(code)  # whatever threads are left: one that has ended but stays would never be started again
+
+
+def _code_of(run: Callable[[], None]) -> int:
+    """The exit code of Flower's program. It interrupts itself when a server no longer knows its node."""
+    try:
+        run()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def _quicken() -> None:

@@ -175,3 +175,28 @@ def test_a_supernode_ends_with_its_parent(end):
         parent.wait()
         wait_for(lambda: gone(int(pid)))
         assert not Path(folder).exists()
+
+
+INTERRUPTED = """
+import os, sys, threading, time, types
+
+from fedsim.deploy import supernode_process
+
+
+def flower_supernode():
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    raise KeyboardInterrupt
+
+
+fake = types.ModuleType("flwr.supernode.cli.flower_supernode")
+fake.flower_supernode = flower_supernode
+sys.modules[fake.__name__] = fake
+sys.argv = ["supernode_process", str(os.getppid()), sys.argv[1], "stock"]
+supernode_process.main()
+"""
+
+
+def test_a_supernode_that_interrupts_itself_ends_whatever_threads_are_left(tmp_path):
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
+    done = subprocess.run(command, start_new_session=True, timeout=60, check=False)
+    assert done.returncode == 1
