@@ -16,7 +16,7 @@ help: ## show this list
 run: $(VENV)/.installed ## install fedsim and run configs/quickstart.yaml
 	$(BIN)/fedsim run configs/quickstart.yaml
 
-test: check bench-short slow ## install with the dev tools, get the test data, run lint, types, import layers and all tests
+test: check bench-short tests ## install with the dev tools, get the test data, run lint, types, import layers and tests
 
 check: lint types layers
 
@@ -42,11 +42,11 @@ types: $(VENV)/.installed-dev ## mypy, strict
 layers: $(VENV)/.installed-dev ## a file imports only from its own or a lower layer
 	$(BIN)/lint-imports
 
-tests: $(VENV)/.installed-dev data ## the tests that take no more than a few seconds each
+tests: $(VENV)/.installed-dev data browser ## the tests that take no more than a few seconds each
 	$(BIN)/python -m pytest -m "not slow"
 
-slow: $(VENV)/.installed-dev data browser network ## every test
-	$(BIN)/python -m pytest
+slow: $(VENV)/.installed-dev data browser network ## the other tests, of processes and networks above all
+	$(BIN)/python -m pytest -m slow
 
 data: $(VENV)/.installed-dev ## Fashion-MNIST: from Debian's package where apt works, otherwise downloaded
 	@test -e $(FASHION_MNIST) || .ci/apt dataset-fashion-mnist || $(BIN)/python -c "from fedsim.data.datasets import DATASETS; DATASETS['fashion-mnist']()"
