@@ -1,5 +1,6 @@
 """Small federations that every engine can run, and what comes out of them, for the tests of several engines."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +16,10 @@ from fedsim.models.layers.keyed import key_names
 from fedsim.records import Examples, Partition
 from fedsim.strategies.server_rules import ServerRule
 from fedsim.strategies.strategy import fedavg
+from fedsim.training import regularizers as r
 from fedsim.training.client import LocalWork
 from fedsim.training.local_rule import LocalRule
+from fedsim.training.objective import PLAIN
 from fedsim.training.optimizers import adam, sgd
 
 CLIENTS, ROUNDS, FEATURES, CLASSES = 24, 3, 5, 3
@@ -41,6 +44,13 @@ def control():
     return replace(fedavg(), local=rule, server=server)
 
 
+def penalised(model):
+    """Every penalty that needs nothing of a model, and another loss."""
+    made = [r.l1(strength=0.01), r.l2(strength=0.02), r.group_lasso(strength=0.003), r.orthogonal(strength=0.01)]
+    made += [r.spectral(strength=0.02), r.proximal(mu=0.3), r.label_smoothing(epsilon=0.2)]
+    return functools.reduce(lambda objective, one: one.bind(model, objective), made, PLAIN)
+
+
 def federation(case, dtype=torch.float32):
     """Clients of 1 to 13 examples in a random order of ids, or of 8 each."""
     sizes = np.full(CLIENTS, 8) if case == "batch norm" else 1 + rng.permutation(9, CLIENTS).numpy() % 13
@@ -60,11 +70,13 @@ def federation(case, dtype=torch.float32):
     optimizer = {"momentum": sgd(lr=0.1, momentum=0.9, weight_decay=0.01), "adam": adam(lr=0.01)}.get(case, sgd(lr=0.1))
     batch = 4 if case != "unequal batch norm" else 26  # one batch of all: batch norm cannot take one example
     work = LocalWork(model, key_names(model), optimizer, strategy.local, 2, batch)
+    if case == "penalties":
+        work = replace(work, objective=penalised(model))
     return Federation(5, data, work, strategy, ROUNDS, 17, "fixed", 2, "fail")
 
 
-CASES = ["plain", "dropout", "batch norm", "unequal batch norm", "momentum", "adam", "states"]
-CHAINS = [case for case in CASES if "norm" not in case]
+CASES = ["plain", "dropout", "batch norm", "unequal batch norm", "momentum", "adam", "states", "penalties"]
+CHAINS = [case for case in CASES if "norm" not in case and case != "penalties"]
 
 
 def result(made, engine, state=None):

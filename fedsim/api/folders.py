@@ -82,7 +82,7 @@ def facts_of(config: Config, federation: Federation, kind: Kind = "federated") -
 
 def _code(config: Config) -> dict[str, str]:
     """Hashes of the modules of foreign components."""
-    names = (config_files.component_at(config, kind.path).name for kind in KINDS.values())
+    names = (one.name for kind in KINDS.values() for one in config_files.components_at(config, kind))
     return sources(name for name in names if is_foreign(name))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedsim import rng
 from fedsim.config import components
 from fedsim.config.components import Component, is_foreign
-from fedsim.config.load import component_at
+from fedsim.config.load import component_at, components_at
 from fedsim.config.problems import refused
 from fedsim.config.schema import Config
 from fedsim.config.tables import KINDS
@@ -33,7 +33,9 @@ from fedsim.models.zoo import check_model, check_single
 from fedsim.records import Dataset, Indices, Partition
 from fedsim.strategies.strategy import Strategy
 from fedsim.training.client import LocalWork
+from fedsim.training.objective import PLAIN, Objective
 from fedsim.training.optimizers import Optimizer
+from fedsim.training.regularizers import Regularizer
 from fedsim.training.schedules import Schedule
 
 T = TypeVar("T")
@@ -149,6 +151,22 @@ def _model(config: Config, shape: ModelShape, example: Tensor | None) -> tuple[n
     return found, Draws(keyed, seeded)
 
 
+def _objective(config: Config, built: nn.Module) -> Objective:
+    """What the model's regularisers, in their order, make of the plain loss.
+
+    Raises:
+        ConfigError: one cannot be made, or the model has no place for it.
+    """
+    kind, objective = KINDS["regularizers"], PLAIN
+    for number, component in enumerate(components_at(config, kind)):
+        path = f"{kind.path}.{number}"
+        with _blamed_on(path, component):
+            made = components.call(components.factory_of(component.name, kind), component, kind)
+            regularizer = _of_type(Regularizer, made, path, component)
+            objective = regularizer.bind(built, objective)
+    return objective
+
+
 def _data_seed(config: Config) -> int:
     return config.seed if config.data.seed is None else config.data.seed
 
@@ -189,6 +207,7 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
         batch_size=None if train.batch_size == "all" else train.batch_size,
         schedule=schedule,
         seeded=bool(draws.seeded),
+        objective=_objective(config, built),
     )
     made = Federation(
         seed=config.seed,

@@ -36,18 +36,6 @@ class Component(BaseModel):
         return frozenset({"name"})
 
 
-class ModelComponent(Component):
-    """Keys that every model takes beside its own."""
-
-    init: Annotated[Literal["default"], Field(description="how parameters start")] = "default"
-    regularizers: Annotated[list[Any], Field(max_length=0, description="none in this version")] = Field(default=[])
-
-    @classmethod
-    def not_params(cls) -> frozenset[str]:
-        """See ``Component.not_params``."""
-        return frozenset({"name", "init", "regularizers"})
-
-
 class Foreign(Component):
     """Somebody else's component; its annotations may be of any type."""
 
@@ -66,7 +54,7 @@ ForeignName = Annotated[str, Field(pattern=FOREIGN_FORM, description="somebody e
 
 def base_of(kind: Kind) -> type[Component]:
     """What all components of a kind have in common."""
-    return ModelComponent if kind is KINDS["models"] else Component
+    return ModelComponent if kind is KINDS["models"] else Component  # which is at the end: its field has a Slot
 
 
 def _with(base: type[Component], kind: Kind) -> tuple[type[Component], ...]:
@@ -167,3 +155,15 @@ def call(factory: Factory, component: Component, kind: Kind, **context: Any) -> 
     wanted = inspect.signature(factory).parameters
     supplied = {name: value for name, value in context.items() if name in wanted}
     return factory(**supplied, **component.params())
+
+
+class ModelComponent(Component):
+    """Keys that every model takes beside its own."""
+
+    init: Annotated[Literal["default"], Field(description="how parameters start")] = "default"
+    regularizers: list[Annotated[Component, Slot("regularizers")]] = Field(default=[])
+
+    @classmethod
+    def not_params(cls) -> frozenset[str]:
+        """See ``Component.not_params``."""
+        return frozenset({"name", "init", "regularizers"})

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 
 from fedsim.config import read
 from fedsim.config.components import Component
-from fedsim.config.problems import lines, of_component
+from fedsim.config.problems import lines, of_components
 from fedsim.config.schema import Config, cross_problems, default_name
-from fedsim.config.tables import KINDS
+from fedsim.config.tables import KINDS, Kind
 from fedsim.errors import ConfigError
 
 
@@ -39,7 +39,7 @@ def _name_from(path: Path) -> str:
 
 def _overridden(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """With ``changes``; one of a parameter (``train.optimizer.lr``) is of the default component if none is given."""
-    for path in (kind.path for kind in KINDS.values()):
+    for path in (kind.path for kind in KINDS.values() if not kind.many):
         is_changed = any(key.startswith(f"{path}.") for key in changes)
         if is_changed and read.at(raw, path.split(".")) is None and default_name(path) is not None:
             raw = read.override(raw, {path: default_name(path)})
@@ -63,7 +63,7 @@ def check(raw: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         problems += lines(given, error)
     for kind in KINDS.values():
-        problems += of_component(given, kind)
+        problems += of_components(given, kind)
     problems += cross_problems(lambda dotted: _value(given, dotted))
     if problems or config is None:
         raise ConfigError(list(dict.fromkeys(problems)))
@@ -79,6 +79,16 @@ def _value(given: Mapping[str, Any], dotted: str) -> Any:
 def resolved(config: Config) -> dict[str, Any]:
     """The config as plain values, complete; loading it again gives the same config."""
     return config.model_dump(serialize_as_any=True)
+
+
+def components_at(config: Config, kind: Kind) -> list[Component]:
+    """The components of a kind: those of its list, or its one."""
+    if not kind.many:
+        return [component_at(config, kind.path)]
+    found: Any = config
+    for part in kind.path.split("."):
+        found = getattr(found, part)
+    return list(found)
 
 
 def component_at(config: Config, path: str) -> Component:

@@ -14,7 +14,8 @@ from fedsim.config.schema import Config, Data, Train, default_name
 from fedsim.config.spelling import did_you_mean
 from fedsim.config.tables import KINDS, Kind
 
-_SLOTS = {kind.path: kind for kind in KINDS.values()}
+_SLOTS = {kind.path: kind for kind in KINDS.values() if not kind.many}
+_LISTS = {kind.path: kind for kind in KINDS.values() if kind.many}
 
 _SECTION = "must be a section of keys and values"
 _RULES = {
@@ -96,7 +97,7 @@ def _path(raw: Any, detail: ErrorDetails, named: bool) -> list[str]:
             continue
         parts.append(str(part))
         value = None if is_missing else value[part]
-        is_name = not named and ".".join(parts) in _SLOTS
+        is_name = (not named or bool(parts)) and _slot(".".join(parts)) is not None
         if is_name and isinstance(value, str):
             value = {"name": value}
     return parts
@@ -109,7 +110,9 @@ def _holds(value: Any, part: int | str) -> bool:
 
 
 def _unknown_name(dotted: str, value: Any) -> str:
-    table = _SLOTS[dotted].table
+    kind = _slot(dotted)
+    assert kind is not None  # only a component's name is looked up in a table
+    table = kind.table
     name = value.get("name") if isinstance(value, Mapping) else value
     known = f"known: {', '.join(table)}, or package.module:name"
     if name is None:
@@ -129,7 +132,7 @@ def _instead(raw: Any, parts: list[str], above: list[str]) -> str:
 
 def _known(raw: Any, section: list[str], above: list[str]) -> list[str]:
     """Keys of a section or of a component; ``above`` is where ``raw`` stands."""
-    kind = _SLOTS.get(".".join(section))
+    kind = _slot(".".join(section))
     if kind is not None:
         return keys_of(at(raw, [*section[len(above) :], "name"]), kind)
     found: Any = Config
@@ -151,7 +154,23 @@ def _everywhere(raw: Any) -> dict[str, str]:
     return found
 
 
-def of_component(raw: Any, kind: Kind) -> Iterator[str]:
+def _slot(dotted: str) -> Kind | None:
+    """The kind of the component at a dotted key, which may be an entry of a list; None if there is none."""
+    path, _, number = dotted.rpartition(".")
+    return _LISTS.get(path) if number.isdigit() else _SLOTS.get(dotted)
+
+
+def of_components(raw: Any, kind: Kind) -> Iterator[str]:
+    """Problems of the components of a kind that their types alone do not show."""
+    if not kind.many:
+        yield from of_component(raw, kind, kind.path)
+        return
+    found = at(raw, kind.path.split("."))
+    for number in range(len(found) if isinstance(found, list) else 0):
+        yield from of_component(raw, kind, f"{kind.path}.{number}")
+
+
+def of_component(raw: Any, kind: Kind, path: str) -> Iterator[str]:
     """Problems of one component that its type alone does not show.
 
     Somebody else's code is imported and the keys are held against its signature. A component that needs nothing but
@@ -160,9 +179,11 @@ def of_component(raw: Any, kind: Kind) -> Iterator[str]:
     Args:
         raw: the whole config, plain.
         kind: which component.
+        path: its dotted key.
     """
-    component = at(raw, kind.path.split("."))
-    given = component if isinstance(component, Mapping) else {"name": component or default_name(kind.path)}
+    component = at(raw, path.split("."))
+    default = None if kind.many else default_name(path)
+    given = component if isinstance(component, Mapping) else {"name": component or default}
     name = given.get("name")
     if not isinstance(name, str) or not (name in kind.table or re.fullmatch(FOREIGN_FORM, name)):
         return
@@ -173,9 +194,9 @@ def of_component(raw: Any, kind: Kind) -> Iterator[str]:
             call(kind.table[name], made, kind)
     except ValidationError as error:
         if is_foreign(name):
-            yield from lines(given, error, kind.path)
+            yield from lines(given, error, path)
     except Exception as error:  # it does not import, has no signature to read, or refuses a value
-        yield refused(error, kind.path + (".name" if is_foreign(name) else ""), given)
+        yield refused(error, path + (".name" if is_foreign(name) else ""), given)
 
 
 def refused(error: Exception, path: str, given: Iterable[str]) -> str:

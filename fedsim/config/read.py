@@ -199,11 +199,17 @@ def _replace(config: dict[str, Any], key: str, nested: Any, depth: int) -> dict[
 
 
 def at(config: Any, parts: Sequence[str]) -> Any:
-    """The value under nested keys, or None; a component given by its bare name has that under ``name``."""
+    """The value under nested keys, or None; a component given by its bare name has that under ``name``.
+
+    A number is the place of an entry in a list, from 0.
+    """
     for part in parts:
         if isinstance(config, str) and part == "name":
             return config
-        config = config.get(part) if isinstance(config, Mapping) else None
+        if isinstance(config, list) and part.isdigit():
+            config = config[int(part)] if int(part) < len(config) else None
+        else:
+            config = config.get(part) if isinstance(config, Mapping) else None
     return config
 
 

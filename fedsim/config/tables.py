@@ -10,6 +10,7 @@ from fedsim.engines.table import ENGINES
 from fedsim.models.zoo import MODELS
 from fedsim.strategies.strategy import STRATEGIES
 from fedsim.training.optimizers import OPTIMIZERS
+from fedsim.training.regularizers import REGULARIZERS
 from fedsim.training.schedules import SCHEDULES
 
 Factory = Callable[..., Any]
@@ -21,17 +22,20 @@ class Kind:
 
     path: dotted key in the config. table: YAML name -> factory.
     context: parameter names that fedsim supplies; every other parameter of a factory is a YAML key.
+    many: the key holds a list of components, not one.
     """
 
     path: str
     table: Mapping[str, Factory]
     context: frozenset[str] = frozenset()
+    many: bool = False
 
 
 KINDS: dict[str, Kind] = {
     "datasets": Kind("data.dataset", DATASETS, frozenset({"root", "key", "progress"})),
     "splits": Kind("data.split", SPLITS, frozenset({"labels", "num_clients", "key", "columns"})),
     "models": Kind("model", MODELS, frozenset({"input_shape", "num_classes"})),
+    "regularizers": Kind("model.regularizers", REGULARIZERS, many=True),
     "optimizers": Kind("train.optimizer", OPTIMIZERS),
     "schedules": Kind("train.schedule", SCHEDULES, frozenset({"rounds"})),
     "strategies": Kind("strategy", STRATEGIES),

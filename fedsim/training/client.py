@@ -17,7 +17,7 @@ from fedsim import rng
 from fedsim.models.layers.keyed import step_keys
 from fedsim.records import Broadcast, ClientUpdate, Examples, Params
 from fedsim.training.local_rule import LocalRule
-from fedsim.training.losses import cross_entropy
+from fedsim.training.objective import PLAIN, Objective, penalised
 from fedsim.training.optimizers import Optimizer
 from fedsim.training.schedules import Schedule, unchanged
 
@@ -31,6 +31,7 @@ class LocalWork:
     batch_size: examples per step, >= 1; None takes all of a client's examples in one step.
     autocast: run the forward pass in bfloat16 where torch finds it safe; parameters stay as they are.
     schedule: round -> factor on the optimizer's step size.
+    objective: what is minimised.
     seeded: the model draws from torch's global generator, so each client is trained by itself, within
         ``rng.torch_seeded`` of its key.
     """
@@ -44,6 +45,7 @@ class LocalWork:
     autocast: bool = False
     schedule: Schedule = unchanged
     seeded: bool = False
+    objective: Objective = PLAIN
 
 
 def batches(n: int, batch_size: int | None, local_epochs: int, key: int) -> Iterator[Tensor]:
@@ -65,22 +67,33 @@ def batches(n: int, batch_size: int | None, local_epochs: int, key: int) -> Iter
 
 
 def batch_loss(work: LocalWork, params: Params, buffers: Params, batch: Examples, layer_keys: Params) -> Tensor:
-    """Mean loss of a batch in training mode: scalar tensor (). Batch-norm ``buffers`` are updated in place.
+    """Mean loss of a batch in training mode, without penalties: scalar tensor (). Batch-norm ``buffers`` are updated
+    in place.
 
     layer_keys: a key for each stochastic layer, from :func:`fedsim.models.layers.keyed.step_keys`.
     """
     with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=work.autocast):
         logits = functional_call(work.model, {**params, **buffers, **layer_keys}, (batch.inputs,))
-    return cross_entropy(logits.float() if work.autocast else logits, batch.labels)
+    return work.objective.loss(logits.float() if work.autocast else logits, batch.labels)
 
 
 def gradient(
-    work: LocalWork, local: Params, buffers: Params, batch: Examples, layer_keys: Params
+    work: LocalWork,
+    local: Params,
+    buffers: Params,
+    batch: Examples,
+    layer_keys: Params,
+    *,
+    anchor: Params | None = None,
 ) -> tuple[Params, Tensor]:
-    """Gradient and value of :func:`batch_loss` at ``local``."""
+    """Gradient of the objective at ``local``, and the value of :func:`batch_loss` there.
+
+    anchor: what the client started from; None: where it is now.
+    """
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in local.items()}
     loss = batch_loss(work, leaves, buffers, batch, layer_keys)
-    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    whole = penalised(work.objective, loss, leaves, local if anchor is None else anchor)
+    grads = torch.autograd.grad(whole, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(leaves, grads, strict=True)), loss.detach()
 
 
@@ -89,7 +102,7 @@ def train_client(
 ) -> ClientUpdate:
     """Train from the global parameters on one client's data.
 
-    ``w <- optimizer(w, rule.correct(grad loss(w; batch)))`` for every batch of every local epoch, from a fresh
+    ``w <- optimizer(w, rule.correct(grad objective(w; batch)))`` for every batch of every local epoch, from a fresh
     optimizer state, with the step size that the schedule gives this round.
 
     Args:
@@ -115,7 +128,7 @@ def train_client(
         loss_sum, seen, steps = torch.zeros((), dtype=torch.float64), 0, 0
         for indices in batches(len(data), work.batch_size, work.local_epochs, key):
             layer_keys = step_keys(work.key_names, rng.fold(key, "step", steps))
-            grads, loss = gradient(work, local, buffers, data.take(indices), layer_keys)
+            grads, loss = gradient(work, local, buffers, data.take(indices), layer_keys, anchor=broadcast.params)
             grads = work.rule.correct(grads, local, broadcast, state)
             local, optimizer_state = work.optimizer.step(local, grads, optimizer_state, steps + 1, factor)
             loss_sum += loss.double() * len(indices)

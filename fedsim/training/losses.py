@@ -1,4 +1,4 @@
-"""The loss of a batch."""
+"""Losses of a batch."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,3 +17,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         Scalar tensor (), in nats. NaN if every label is -100.
     """
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+
+
+def smoothed_cross_entropy(logits: Tensor, labels: Tensor, *, epsilon: float) -> Tensor:
+    """:func:`cross_entropy` against ``(1 - epsilon) * one-hot + epsilon / classes``."""
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, label_smoothing=epsilon)

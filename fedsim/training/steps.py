@@ -19,10 +19,11 @@ from fedsim.records import Broadcast, Examples, Params
 from fedsim.training.chain import Chain, chain_of
 from fedsim.training.client import LocalWork, batch_loss, gradient
 from fedsim.training.local_rule import same_grads
+from fedsim.training.objective import penalised
 from fedsim.training.optimizers import OptimizerState
 
 Path = Literal["sequential", "vectorised", "fused"]
-Gradient = Callable[[Params, Params, Examples, Params], tuple[Params, Tensor]]
+Gradient = Callable[..., tuple[Params, Tensor]]  # (local, buffers, batch, layer keys, *, anchor)
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,16 @@ def step_of(work: LocalWork, path: Path, *, compiled: bool = False) -> Step:
     chain = chain_of(work.model)
     if chain is None:
         raise ValueError("the model is not a chain of layers that can be fused")
+    if not work.objective.plain:
+        raise ValueError("fused steps minimise the plain cross-entropy only")
     if work.optimizer.folded is not None and work.rule.correct is same_grads:
         return Step(chain.stacked, partial(_folded, work, chain))
     return Step(chain.stacked, partial(_by_gradient, work, partial(_chained, chain)))
 
 
 def _by_gradient(work: LocalWork, find: Gradient, lanes: Lanes, now: Now) -> Tensor:
-    grads, losses = find(lanes.local, lanes.buffers, now.batch, step_keys(work.key_names, now.keys))
+    keys = step_keys(work.key_names, now.keys)
+    grads, losses = find(lanes.local, lanes.buffers, now.batch, keys, anchor=now.broadcast.params)
     grads = _corrected(work, grads, lanes, now.broadcast)
     work.optimizer.step_(lanes.local, grads, lanes.optimizer, now.t, work.schedule(now.broadcast.round))
     return losses
@@ -121,23 +125,32 @@ def _corrected(work: LocalWork, grads: Params, lanes: Lanes, broadcast: Broadcas
     return corrected
 
 
-def _alone(work: LocalWork, local: Params, buffers: Params, batch: Examples, keys: Params) -> tuple[Params, Tensor]:
+def _alone(
+    work: LocalWork, local: Params, buffers: Params, batch: Examples, keys: Params, *, anchor: Params
+) -> tuple[Params, Tensor]:
     one = Examples(batch.inputs[0], batch.labels[0])
-    grads, loss = gradient(work, p.lanes(local, 0), p.lanes(buffers, 0), one, p.lanes(keys, 0))
+    grads, loss = gradient(work, p.lanes(local, 0), p.lanes(buffers, 0), one, p.lanes(keys, 0), anchor=anchor)
     return p.as_stack(grads), loss[None]
 
 
-def _mapped(work: LocalWork, local: Params, buffers: Params, batch: Examples, keys: Params) -> tuple[Params, Tensor]:
-    def loss(local: Params, buffers: Params, inputs: Tensor, labels: Tensor, keys: Params) -> tuple[Tensor, Params]:
+def _mapped(
+    work: LocalWork, local: Params, buffers: Params, batch: Examples, keys: Params, *, anchor: Params
+) -> tuple[Params, Tensor]:
+    def whole(
+        local: Params, buffers: Params, inputs: Tensor, labels: Tensor, keys: Params
+    ) -> tuple[Tensor, tuple[Tensor, Params]]:
         own = {name: buffer.clone() for name, buffer in buffers.items()}  # vmap forbids changing what it maps over
-        return batch_loss(work, local, own, Examples(inputs, labels), keys), own
+        loss = batch_loss(work, local, own, Examples(inputs, labels), keys)
+        return penalised(work.objective, loss, local, anchor), (loss, own)
 
-    mapped = vmap(grad_and_value(loss, has_aux=True))
-    grads, (losses, moved) = mapped(local, buffers, batch.inputs, batch.labels, keys)
+    mapped = vmap(grad_and_value(whole, has_aux=True))
+    grads, (_, (losses, moved)) = mapped(local, buffers, batch.inputs, batch.labels, keys)
     for name, buffer in buffers.items():
         buffer.copy_(moved[name])
     return grads, losses
 
 
-def _chained(chain: Chain, local: Params, buffers: Params, batch: Examples, keys: Params) -> tuple[Params, Tensor]:
+def _chained(
+    chain: Chain, local: Params, buffers: Params, batch: Examples, keys: Params, *, anchor: Params
+) -> tuple[Params, Tensor]:
     return chain.gradient(local, batch.inputs, batch.labels, keys)

@@ -75,8 +75,8 @@ def test_the_nearest_word_is_suggested(word, hint):
 def test_what_cannot_be_imported_is_a_problem_at_its_key(problems, module, text, name, message):
     made = module(text) if text else ""
     for kind in KINDS.values():
-        (line,) = problems({kind.path: name.format(made)})
-        assert line.startswith(f"{kind.path}.name: {message.format(made)}")
+        (line,) = problems({kind.path: [name.format(made)] if kind.many else name.format(made)})
+        assert line.startswith(f"{kind.path}{'.0' * kind.many}.name: {message.format(made)}")
 
 
 @pytest.mark.parametrize(

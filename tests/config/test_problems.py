@@ -59,7 +59,7 @@ WRONG = [
     ("model.hidden", [0], "hidden.0: must be > 0, got 0"),
     ("model.hidden", 8, "must be a list, got 8"),
     ("model.init", "fixup", "must be 'default', got 'fixup'"),
-    ("model.regularizers", [1], "must be an empty list, this version has none yet, got [1]"),
+    ("model.regularizers", [1], "must be a name, or a section with a name and its parameters, got 1"),
     ("train", None, "must be a section of keys and values, got null"),
     ("train.rounds", None, "must be a whole number, got null"),
     ("train.rounds", 0, "must be >= 1, got 0"),

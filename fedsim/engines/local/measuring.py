@@ -118,6 +118,8 @@ def not_fused(job: Job, *, compiled: bool = False) -> str | None:
     """Why clients of this job cannot be trained by hand-written steps; None if they can."""
     if compiled or job.work.autocast:
         return f"fused steps are written by hand, {'for float32' if job.work.autocast else 'not compiled'}"
+    if not job.work.objective.plain:
+        return "fused steps are written by hand, for the plain cross-entropy"
     if chain_of(job.work.model) is None:
         return "fused needs a chain of standard layers, as the model is not"
     return None
@@ -229,6 +231,7 @@ def _fingerprint(job: Job, mode: Mode, compiled: bool) -> str:
         list(job.data.train.inputs.shape[1:]),
         [work.batch_size, int(offsets[1] - offsets[0]) if work.batch_size is None else None, work.autocast],
         [work.optimizer.folded is not None, work.rule.correct.__qualname__],
+        work.objective.told(),
         [mode, chunks(job.cohort), compiled, work.seeded],
         [torch.__version__, cpu(), job.data.train.labels.device.type],
     ]
