@@ -1,17 +1,21 @@
+import functools
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from federations import federation, result, tensors
 from scipy.special import log_softmax
 from torch import nn
+from torch.func import functional_call
 
 from fedsim import params as p
 from fedsim import rng
 from fedsim.engines.reference import reference
 from fedsim.training import regularizers as r
+from fedsim.training.client import gradient
 from fedsim.training.losses import cross_entropy, smoothed_cross_entropy
 from fedsim.training.objective import PLAIN, Objective
 from fedsim.training.optimizers import sgd
@@ -82,6 +86,26 @@ def test_proximal_is_fedprox():
     assert all(torch.allclose(t, b[name], rtol=1e-12, atol=1e-14) for name, t in a.items())
     plain = tensors(result(made, reference())[0])
     assert not all(torch.allclose(t, plain[name], rtol=1e-3) for name, t in a.items())
+
+
+def test_a_step_goes_down_the_whole_objective():
+    """By autograd on the formula, at parameters that are not those the client started from."""
+    made = federation("plain", torch.float64)
+    several = (r.label_smoothing(epsilon=0.3), r.proximal(mu=0.4), r.l2(strength=0.2))
+    objective = functools.reduce(lambda found, one: one.bind(made.work.model, found), several, PLAIN)
+    anchor = p.of(made.work.model)[0]
+    local = {name: tensor + 0.1 * rng.normal(rng.fold(1, name), *tensor.shape) for name, tensor in anchor.items()}
+    batch = made.data.client(0)
+    grads, loss = gradient(replace(made.work, objective=objective), local, {}, batch, {}, anchor=anchor)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in local.items()}
+    smoothed = F.cross_entropy(
+        functional_call(made.work.model, leaves, (batch.inputs,)), batch.labels, label_smoothing=0.3
+    )
+    whole = smoothed + 0.2 * sum((leaves[n] - anchor[n]).square().sum() for n in anchor)
+    whole = whole + 0.1 * sum(leaves[n].square().sum() for n in anchor if n.endswith("weight"))
+    expected = torch.autograd.grad(whole, list(leaves.values()))
+    assert loss.item() == pytest.approx(smoothed.item(), rel=1e-12)
+    assert all(torch.allclose(grads[n], g, rtol=1e-11) for n, g in zip(leaves, expected, strict=True))
 
 
 def test_the_reported_loss_is_without_penalties():
