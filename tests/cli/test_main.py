@@ -61,7 +61,7 @@ def test_help_is_quick_for_it_imports_no_torch():
         (["run", "config.yaml", "--fast"], "error: No such option '--fast' (fedsim run --help shows how)"),
         (["resume", "x", "--rounds", "many"], "error: Invalid value for '--rounds': 'many' is not a valid int"),
         (["compare"], "error: Missing argument 'RUN...' (fedsim compare --help shows how)"),
-        (["list", "splitz"], "error: KIND: must be one of keys, datasets, splits, models, optimizers, schedules"),
+        (["list", "splitz"], "error: KIND: must be one of keys, datasets, splits, models, regularizers, optimizers"),
         (["run", "nowhere.yaml"], "error: nowhere.yaml: no such file"),
         (["run", "config.yaml", "train.rounds"], "error: override train.rounds: must be written key.path=value"),
         (["split", "config.yaml", "--picture", "no/a.png"], "error: --picture: must be a file in a folder that exists"),
