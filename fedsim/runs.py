@@ -206,7 +206,7 @@ def trim(folder: Path, last_round: int) -> None:
     for name in ("rounds.jsonl", "clients.jsonl"):
         path = folder / name
         if path.exists():
-            kept = [line for line in _read(path).split(b"\n")[:-1] if _round_of(line) <= last_round]
+            kept = [line for line in read_bytes(path).split(b"\n")[:-1] if _round_of(line) <= last_round]
             write_bytes(path, b"".join(line + b"\n" for line in kept))
     found = len(RunFolder(folder).rounds())
     if found != last_round:
@@ -233,7 +233,7 @@ class RunFolder:
         """The fully resolved config."""
         path = self.path / "config.yaml"
         try:
-            content = yaml.safe_load(_read(path))
+            content = yaml.safe_load(read_bytes(path))
         except (yaml.YAMLError, ValueError) as error:
             raise DataError(f"{path}: not whole YAML ({error})") from error
         if not isinstance(content, dict):
@@ -264,7 +264,7 @@ class RunFolder:
         """The final global model under its ``state_dict`` names, or the last checkpoint's if the run is unfinished."""
         path = self.path / "model.safetensors"
         if path.exists():
-            return _tensors(path, _read(path))
+            return _tensors(path, read_bytes(path))
         if self.summary().get("kind") == "alone":
             raise DataError(f"{self.path}: has no model, every client trained one of its own")
         if self.summary().get("kind") == "flower-app":
@@ -280,7 +280,7 @@ class RunFolder:
         path = self.path / name
         if not path.exists():
             return []
-        lines = _read(path).split(b"\n")[:-1]  # what follows the last line end was cut off when the run was killed
+        lines = read_bytes(path).split(b"\n")[:-1]  # what follows the last line end was cut off when the run was killed
         try:
             return [kind(**json.loads(line)) for line in lines]
         except (ValueError, TypeError) as error:
@@ -328,7 +328,7 @@ def load_checkpoint(folder: Path) -> ServerState:
         round, order = int(facts["round"]), list(facts["order"])
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder / _STATE}: damaged checkpoint, field {error} is missing or wrong") from error
-    data = _read(path)
+    data = read_bytes(path)
     if len(data) != size:
         raise DataError(f"{path}: truncated checkpoint, {len(data)} bytes where {size} were written")
     if _digest(data) != digest:
@@ -358,7 +358,7 @@ def _tensors(path: Path, data: bytes) -> Params:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(_read(path))
+        content = json.loads(read_bytes(path))
     except ValueError as error:
         raise DataError(f"{path}: not whole JSON ({error})") from error
     if not isinstance(content, dict):
@@ -366,7 +366,12 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+        DataError: it is missing, or cannot be read.
+    """
     try:
         return path.read_bytes()
     except FileNotFoundError as error:

@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+import socket
 from dataclasses import dataclass
 
 from fedsim.errors import ConfigError
@@ -62,3 +63,9 @@ def _is_ip(text: str, version: int) -> bool:
         return "%" not in text and ipaddress.ip_address(text).version == version
     except ValueError:
         return False
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 at which nobody listens now."""
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        return int(one.getsockname()[1])

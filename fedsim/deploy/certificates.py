@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from fedsim.errors import DataError
+from fedsim.runs import read_bytes
 
 CA, SERVER = "ca", "server"
 CLIENT_KEY, CLIENT_PUBLIC = "client.key", "client.pub"
@@ -94,7 +95,7 @@ def number_of(folder: Path) -> int | None:
 def load_certificate(path: Path) -> x509.Certificate:
     """A certificate. Raises DataError if the file does not hold one."""
     try:
-        return x509.load_pem_x509_certificate(_read(path))
+        return x509.load_pem_x509_certificate(read_bytes(path))
     except ValueError as error:
         raise DataError(f"{path}: is no certificate (PEM)") from error
 
@@ -102,7 +103,7 @@ def load_certificate(path: Path) -> x509.Certificate:
 def load_public(path: Path) -> ec.EllipticCurvePublicKey:
     """A client's public key. Raises DataError if the file does not hold one."""
     try:
-        key = serialization.load_ssh_public_key(_read(path))
+        key = serialization.load_ssh_public_key(read_bytes(path))
     except (ValueError, UnsupportedAlgorithm) as error:
         raise DataError(f"{path}: is no public key (OpenSSH)") from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
@@ -115,7 +116,7 @@ def load_private(path: Path, *, openssh: bool = False) -> ec.EllipticCurvePrivat
     check_private(path)
     load = serialization.load_ssh_private_key if openssh else serialization.load_pem_private_key
     try:
-        key = load(_read(path), None)
+        key = load(read_bytes(path), None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise DataError(f"{path}: is no private key ({'OpenSSH' if openssh else 'PEM'}, without password)") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
@@ -174,12 +175,3 @@ def check_dates(path: Path, certificate: x509.Certificate) -> None:
 def _clients(folder: Path) -> dict[int, Path]:
     paths = {number_of(path.parent): path for path in folder.glob(f"client-*/{CLIENT_PUBLIC}")}
     return {client: paths[client] for client in sorted(number for number in paths if number is not None)}
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: missing") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error

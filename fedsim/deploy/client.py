@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
@@ -14,6 +14,7 @@ from fedsim.deploy import interventions, reaching, worker
 from fedsim.deploy.address import Address
 from fedsim.deploy.certificates import ClientFiles
 from fedsim.deploy.node import Ended, Remembered, Setup, SuperNode
+from fedsim.deploy.refusals import Say
 from fedsim.engines.flower.process import quiet_log
 from fedsim.errors import RunError
 
@@ -23,8 +24,6 @@ STEADY_S = 60.0  # one that was online so long is no reason to wait longer
 RETRY_S = 1.0  # between attempts to reach the server
 SAY_AGAIN_S = 60.0
 REPLY_S = 30.0  # for the last reply to reach the server
-
-Say = Callable[[str], None]
 
 
 def run_client(

@@ -171,7 +171,7 @@ def check_name(found: Found, server: Address) -> str:
     try:
         addresses = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
     except OSError as error:
-        if _proxied(server):
+        if reaching.proxied(server):
             raise Skipped("a proxy looks it up") from error
         raise Problem(f"{server.host} is not known: {error.strerror or error}", "is the name right?") from error
     found.known = True
@@ -180,7 +180,7 @@ def check_name(found: Found, server: Address) -> str:
 
 def check_connection(found: Found, server: Address) -> str:
     """Whether something listens there."""
-    if _proxied(server):
+    if reaching.proxied(server):
         found.connected = True
         raise Skipped("a proxy makes it")
     if not found.known:
@@ -198,7 +198,7 @@ def check_connection(found: Found, server: Address) -> str:
 def check_tls(found: Found, server: Address) -> str:
     """Whether the server is the one whose authority the client trusts; what is wrong is told apart."""
     _need_connection(found)
-    if _proxied(server):
+    if reaching.proxied(server):
         found.trusted = True
         raise Skipped("a proxy stands between; the next checks would fail without it")
     if found.files is None and reaching.speaks_tls(server):
@@ -251,7 +251,3 @@ def _need_trust(found: Found) -> None:
     _need_connection(found)
     if not found.trusted:
         raise Skipped("the server is not the right one")
-
-
-def _proxied(server: Address) -> bool:
-    return reaching._proxied(server)

@@ -17,8 +17,8 @@ from fedsim.deploy.apps import CLIENT
 from fedsim.deploy.certificates import ClientFiles, client_files
 from fedsim.deploy.client import run_client
 from fedsim.deploy.joining import participant
-from fedsim.deploy.members import Say
 from fedsim.deploy.participation import client_app
+from fedsim.deploy.refusals import Say
 from fedsim.errors import ConfigError
 
 

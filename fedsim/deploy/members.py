@@ -8,6 +8,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedsim.deploy import contents as c
+from fedsim.deploy.refusals import Say
 from fedsim.errors import RunError
 
 POLL_S = 0.05
@@ -15,8 +16,6 @@ JOIN_S = 60.0  # a client that does not say who it is by then is asked again
 SAY_EVERY_S = 2.0
 LOOK_EVERY_S = 1.0
 LOST_S = 5.0  # Flower itself says sooner that a node is gone, as a rule
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

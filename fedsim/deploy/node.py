@@ -9,7 +9,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedsim import runs
-from fedsim.deploy.address import Address
+from fedsim.deploy.address import Address, free_port
 from fedsim.deploy.certificates import ClientFiles
 
 STOP_S = 6.0  # it tells the server and ends in one; after five it ends in any case
@@ -130,7 +129,7 @@ class SuperNode:
     def __init__(self, setup: Setup, say: Callable[[str], None]) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="fedsim-node-"))
         self.secret = secrets.token_bytes(32)
-        self.runtime = Address("127.0.0.1", _free_port())
+        self.runtime = Address("127.0.0.1", free_port())
         self.log = Log()
         self._ended: Ended | None = None
         self._clearing = threading.Lock()  # two threads may find that it has to go
@@ -211,12 +210,6 @@ def _environment() -> dict[str, str]:
         filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1,localhost,::1"])
     )
     return {**os.environ, **_ENVIRONMENT, "PATH": path, "NO_PROXY": direct, "no_proxy": direct}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)

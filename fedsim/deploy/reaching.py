@@ -32,7 +32,7 @@ def reach(server: Address, files: ClientFiles | None) -> str | None:
     Raises:
         RunError: what waiting does not change: it is not the right server, or there is something wrong with it.
     """
-    if _proxied(server):
+    if proxied(server):
         return None
     try:
         with socket.create_connection((server.host, server.port), timeout=CONNECT_S) as connection:
@@ -104,7 +104,7 @@ def clock_ahead(server: Address, files: ClientFiles | None) -> float | None:
     verify = _context(files) if files else True
     try:
         url = f"{'https' if files else 'http'}://{server}/"
-        got = httpx.get(url, verify=verify, timeout=CONNECT_S, trust_env=_proxied(server))
+        got = httpx.get(url, verify=verify, timeout=CONNECT_S, trust_env=proxied(server))
         then = parsedate_to_datetime(got.headers["date"]).timestamp()
     except (httpx.HTTPError, OSError, KeyError, ValueError):
         return None
@@ -131,7 +131,7 @@ def _untrusted(server: Address, files: ClientFiles | None, error: ssl.SSLCertVer
     return f"{start} is not signed by {ca} ({error.verify_message}); {rule}"
 
 
-def _proxied(server: Address) -> bool:
+def proxied(server: Address) -> bool:
     """Whether Flower would go through a proxy of the environment."""
     found = urllib.request.getproxies()
     return bool(found) and not server.is_loopback and not urllib.request.proxy_bypass(server.host)

@@ -15,7 +15,8 @@ from fedsim.config.schema import Config
 from fedsim.deploy import contents, serving, settings
 from fedsim.deploy.address import Address
 from fedsim.deploy.certificates import ServerFiles, server_files
-from fedsim.deploy.members import Members, Post, Say
+from fedsim.deploy.members import Members, Post
+from fedsim.deploy.refusals import Say
 from fedsim.deploy.superlink import superlink
 from fedsim.engines.engine import Engine
 from fedsim.errors import ConfigError

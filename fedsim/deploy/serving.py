@@ -80,10 +80,11 @@ def serve(
     for round in range(state.round + 1, federation.rounds + 1):
         began = time.perf_counter()
         cohort: list[int] = rounds.cohort(federation, round).tolist()
-        members.wait(min(rules.min_clients, len(cohort)), rules.wait_s, cohort)
+        here = members.wait(min(rules.min_clients, len(cohort)), rules.wait_s, cohort)
+        nodes = {client: here.get(client) for client in cohort}
         broadcast = rounds.broadcast(federation, state, round)
         asked = pending is not None and rounds.evaluates(federation, round - 1)
-        replies = _train(federation, broadcast, cohort, members, rules, evaluate=asked)
+        replies = _train(federation, broadcast, nodes, members, rules, evaluate=asked)
         if pending is not None:
             on_round(_with_clients(pending, replies.evaluations))
         result = _aggregate(federation, broadcast, replies, members)
@@ -97,27 +98,24 @@ def serve(
 def _train(
     federation: Federation,
     broadcast: Broadcast,
-    cohort: Sequence[int],
+    nodes: Mapping[int, int | None],
     members: Members,
     rules: Rules,
     *,
     evaluate: bool,
 ) -> Replies:
-    """Send the model to the cohort, and read and check what comes back."""
-    here = members.here()
+    """Send the model to the cohort, and read and check what comes back. ``nodes``: None for a client that is away."""
     packed, round = m.pack_broadcast(broadcast), broadcast.round
     facts = replace(members.facts, evaluate=evaluate)
     key = rounds.round_key(federation, round)
-    contents = {
-        here[k]: c.with_facts(m.train_content(packed, k, client_key(key, k)), facts) for k in cohort if k in here
-    }
+    here = {client: node for client, node in nodes.items() if node is not None}
+    contents = {node: c.with_facts(m.train_content(packed, k, client_key(key, k)), facts) for k, node in here.items()}
     replies = members.post.exchange(contents, c.TRAIN, rules.round_timeout_s, str(round))
-    failed = {client: "not connected" for client in cohort if client not in here}
+    failed = {client: "not connected" for client in nodes if client not in here}
     updates, sizes, evaluations = {}, {}, []
-    for client in (client for client in cohort if client in here):
-        reply = replies[here[client]]
+    for client, node in here.items():
         try:
-            content = _content(reply)
+            content = _content(replies[node])
             updates[client] = _checked(m.read_update(content, broadcast, client), members.size(client))
             scores = c.read_scores(content, client, round - 1) if evaluate else None
         except ValueError as error:

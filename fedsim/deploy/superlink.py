@@ -19,6 +19,7 @@ from fedsim.deploy.address import Address
 from fedsim.deploy.certificates import ServerFiles, load_public
 from fedsim.deploy.front_door import Door, front_door
 from fedsim.deploy.listening import listeners
+from fedsim.deploy.refusals import Say
 from fedsim.deploy.superlink_child import Child
 from fedsim.engines.flower.process import quiet_log
 from fedsim.errors import DataError
@@ -42,8 +43,6 @@ clientapp = "{clientapp}"
 [tool.flwr.app.config]
 """
 _README = "# fedsim\n\nThere is no code here: the apps are in the package fedsim.\n"
-
-Say = Callable[[str], None]
 
 
 @dataclass

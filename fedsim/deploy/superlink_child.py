@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import httpx
 
 import fedsim
+from fedsim.deploy.address import free_port
 from fedsim.errors import RunError
 
 START_S, STOP_S = 60.0, 5.0
@@ -112,7 +112,7 @@ def running(home: Path, log: Path, more: Mapping[str, str], isolation: str) -> I
 
 
 def _started(home: Path, log: Path, more: Mapping[str, str], isolation: str, tries: int = _TRIES) -> Child:
-    port = _free_port()
+    port = free_port()
     here = ["--insecure", "--host", "127.0.0.1", "--port", str(port), "--isolation", isolation]
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -147,8 +147,3 @@ def _wait(child: Child) -> None:
             if time.monotonic() >= end:
                 raise RunError(f"Flower's SuperLink did not start within {START_S:g} s:\n{child.tail()}")
             time.sleep(0.05)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        return int(one.getsockname()[1])
