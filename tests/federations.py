@@ -1,6 +1,5 @@
 """Small federations that every engine can run, and what comes out of them, for the tests of several engines."""
 
-import functools
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +18,6 @@ from fedsim.strategies.strategy import fedavg
 from fedsim.training import regularizers as r
 from fedsim.training.client import LocalWork
 from fedsim.training.local_rule import LocalRule
-from fedsim.training.objective import PLAIN
 from fedsim.training.optimizers import adam, sgd
 
 CLIENTS, ROUNDS, FEATURES, CLASSES = 24, 3, 5, 3
@@ -46,9 +44,9 @@ def control():
 
 def penalised(model):
     """Every penalty that needs nothing of a model, and another loss."""
-    made = [r.l1(strength=0.01), r.l2(strength=0.02), r.group_lasso(strength=0.003), r.orthogonal(strength=0.01)]
-    made += [r.spectral(strength=0.02), r.proximal(mu=0.3), r.label_smoothing(epsilon=0.2)]
-    return functools.reduce(lambda objective, one: one.bind(model, objective), made, PLAIN)
+    strengths = {"l1": 0.01, "l2": 0.02, "group-lasso": 0.003, "orthogonal": 0.01, "spectral": 0.02}
+    made = [r.REGULARIZERS[name](strength=strength) for name, strength in strengths.items()]
+    return r.bind(model, [*made, r.proximal(mu=0.3), r.label_smoothing(epsilon=0.2)])
 
 
 def federation(case, dtype=torch.float32):

@@ -28,9 +28,8 @@ from fedsim.engines.local.trainer import trainer
 from fedsim.environment import cpu
 from fedsim.errors import ConfigError
 from fedsim.federation import Federation, job
-from fedsim.models.layers.keyed import step_keys
 from fedsim.records import Broadcast, Examples
-from fedsim.training.client import gradient
+from fedsim.training.client import gradient, layer_inputs
 from fedsim.training.evaluate import BATCH
 
 SIDE = 1024  # of the square matrices whose product is the machine's peak
@@ -215,7 +214,7 @@ def step_flops(work: Job) -> int:
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment] # of oneDNN's LSTM the counter sees nothing
     try:
         with FlopCounterMode(display=False) as counter, rng.torch_seeded(0):
-            gradient(own, params, buffers, batch, step_keys(own.key_names, 0))
+            gradient(own, params, buffers, batch, layer_inputs(own, 0, 1))
     finally:
         torch.backends.mkldnn.enabled = before
     return round(int(counter.get_total_flops()) / len(batch))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,14 +28,14 @@ from fedsim.errors import ConfigError, DataError, FedsimError
 from fedsim.federation import Federation
 from fedsim.models.drawing import Draws
 from fedsim.models.layers.dropouts import replace_dropout
-from fedsim.models.layers.keyed import key_names
+from fedsim.models.layers.keyed import key_names, progress_names
 from fedsim.models.zoo import check_model, check_single
 from fedsim.records import Dataset, Indices, Partition
 from fedsim.strategies.strategy import Strategy
 from fedsim.training.client import LocalWork
 from fedsim.training.objective import PLAIN, Objective
 from fedsim.training.optimizers import Optimizer
-from fedsim.training.regularizers import Regularizer
+from fedsim.training.regularizers import Regularizer, in_order
 from fedsim.training.schedules import Schedule
 
 T = TypeVar("T")
@@ -131,39 +131,51 @@ def partition(config: Config, loaded: Dataset) -> Partition:
 def model(config: Config, shape: ModelShape) -> nn.Module:
     """Build the model; its parameters are drawn from the run's key, not from torch's global generator.
 
-    torch's own dropout layers are replaced by keyed ones.
+    torch's own dropout layers are replaced by keyed ones, and regularisers have their layers in it.
 
     Raises:
         ConfigError: it cannot be built.
     """
-    return _model(config, shape, None)[0]
+    return _model(config, shape, None).model
 
 
-def _model(config: Config, shape: ModelShape, example: Tensor | None) -> tuple[nn.Module, Draws]:
+class _Made(NamedTuple):
+    model: nn.Module
+    objective: Objective
+    draws: Draws
+
+
+def _model(config: Config, shape: ModelShape, example: Tensor | None) -> _Made:
     """Build the model, and try it on an example input if there is one; what it draws is known only then."""
-    with rng.torch_seeded(rng.fold(config.seed, "model")):
+    name, key = config.model.name, rng.fold(config.seed, "model")
+    with rng.torch_seeded(key):
         made = make(config, "models", input_shape=shape.input_shape, num_classes=shape.num_classes)
     found = _of_type(nn.Module, made, "model", config.model, "a torch.nn.Module")
     with _blamed_on("model", config.model):
         keyed, seeded = replace_dropout(found), ""
+    objective = _regularized(config, found, rng.fold(key, "regularizers"))
+    with _blamed_on("model", config.model):
         if example is not None:
-            seeded = check_model(found, shape.input_shape, shape.num_classes, example, name=config.model.name)
-    return found, Draws(keyed, seeded)
+            seeded = check_model(found, shape.input_shape, shape.num_classes, example, name=name)
+    return _Made(found, objective, Draws(keyed, seeded))
 
 
-def _objective(config: Config, built: nn.Module) -> Objective:
-    """What the model's regularisers, in their order, make of the plain loss.
+def _regularized(config: Config, built: nn.Module, key: int) -> Objective:
+    """Bind the regularisers to the model, one by one, so that each is blamed for what it refuses.
 
     Raises:
         ConfigError: one cannot be made, or the model has no place for it.
     """
     kind, objective = KINDS["regularizers"], PLAIN
-    for number, component in enumerate(components_at(config, kind)):
+    components_, made = components_at(config, kind), []
+    for number, component in enumerate(components_):
+        with _blamed_on(f"{kind.path}.{number}", component):
+            one = components.call(components.factory_of(component.name, kind), component, kind)
+            made.append(_of_type(Regularizer, one, f"{kind.path}.{number}", component))
+    for number in in_order(made):
         path = f"{kind.path}.{number}"
-        with _blamed_on(path, component):
-            made = components.call(components.factory_of(component.name, kind), component, kind)
-            regularizer = _of_type(Regularizer, made, path, component)
-            objective = regularizer.bind(built, objective)
+        with _blamed_on(path, components_[number]), rng.torch_seeded(rng.fold(key, number)):
+            objective = made[number].bind(built, objective)
     return objective
 
 
@@ -196,7 +208,7 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
     if cohort > data.num_clients:
         rule = f"must be <= the number of clients of the split ({data.num_clients})"
         raise ConfigError(f"train.clients_per_round: {rule}, got {cohort}")
-    built, draws = _model(config, shape_of(data), data.train.inputs[0])
+    built, objective, draws = _model(config, shape_of(data), data.train.inputs[0])
     _check_last_batches(config, data, built)
     work = LocalWork(
         model=built,
@@ -207,7 +219,9 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
         batch_size=None if train.batch_size == "all" else train.batch_size,
         schedule=schedule,
         seeded=bool(draws.seeded),
-        objective=_objective(config, built),
+        objective=objective,
+        progress_names=progress_names(built),
+        rounds=train.rounds,
     )
     made = Federation(
         seed=config.seed,

@@ -19,10 +19,11 @@ class Block(nn.Module):
     Where the block strides or widens, x' takes every second pixel and adds channels of zeros at the end (option A).
     """
 
+    branch = "norm2"  # what ends it, for methods that work on branches
+
     def __init__(self, channels_in: int, channels: int, *, stride: int, norm: Norm) -> None:
         super().__init__()
-        self.stride = stride
-        self.added_channels = channels - channels_in
+        self.shortcut = Shortcut(channels - channels_in, stride=stride)
         self.conv1 = _conv(channels_in, channels, norm, stride=stride)
         self.norm1 = norm_2d(norm, channels)
         self.conv2 = _conv(channels, channels, norm)
@@ -31,9 +32,18 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels_in, height, width) to (batch, channels, ceil(height / stride), ceil(width / stride))."""
         inner = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self._shortcut(x) + self.norm2(self.conv2(inner)))
+        return F.relu(self.shortcut(x) + self.norm2(self.conv2(inner)))
 
-    def _shortcut(self, x: Tensor) -> Tensor:
+
+class Shortcut(nn.Module):
+    """Every ``stride``-th pixel, and channels of zeros at the end."""
+
+    def __init__(self, added_channels: int, *, stride: int) -> None:
+        super().__init__()
+        self.added_channels, self.stride = added_channels, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, height, width) to (batch, channels + added, ceil(height / stride), ...)."""
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.added_channels))
 
 

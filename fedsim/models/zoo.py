@@ -20,7 +20,7 @@ from fedsim import rng
 from fedsim.errors import ConfigError
 from fedsim.models.convolutional import cnn, conv_2, conv_4, conv_6
 from fedsim.models.layers.dropouts import unkeyed
-from fedsim.models.layers.keyed import Keyed, key_names, step_keys
+from fedsim.models.layers.keyed import Keyed, adds_axis, key_names, progress_names, step_keys
 from fedsim.models.mlp import lenet_300_100, linear, mlp, two_nn
 from fedsim.models.recurrent import char_lstm
 from fedsim.models.residual import resnet, resnet_8, resnet_20
@@ -67,7 +67,8 @@ def check_model(
             "same each time; draw in training only, as F.dropout(x, p, training=self.training) does"
         )
     trained = _run_watched(model.train(), inputs, name)
-    _check_logits(trained.returned, input_shape, num_classes, inputs, name)
+    if not adds_axis(model):
+        _check_logits(trained.returned, input_shape, num_classes, inputs, name)
     _check_memory(fresh, inputs, name)
     return (", ".join(unkeyed(model)) or "in its forward code") if trained.drew else ""
 
@@ -80,7 +81,9 @@ def check_single(
     Args, Raises: as for :func:`check_model`.
     """
     inputs = example_input[None]
-    _check_logits(_run(copy.deepcopy(model).train(), inputs, name).returned, input_shape, num_classes, inputs, name)
+    ran = _run(copy.deepcopy(model).train(), inputs, name)
+    if not adds_axis(model):
+        _check_logits(ran.returned, input_shape, num_classes, inputs, name)
 
 
 def _check_parameters(model: nn.Module, name: str) -> None:
@@ -154,7 +157,7 @@ def _run_watched(model: nn.Module, inputs: Tensor, name: str) -> _Ran:
 def _check_memory(model: nn.Module, inputs: Tensor, name: str) -> None:
     """Calls the model twice as training and evaluation do; refuses one that remembers the first time."""
     trainable, buffers = p.of(model)
-    not_handed = {n: b.clone() for n, b in model.named_buffers() if n not in buffers.keys() | key_names(model)}
+    not_handed = {n: b.clone() for n, b in model.named_buffers() if n not in buffers.keys() | _handed(model)}
     first = _as_in_a_run(model, trainable, buffers, inputs, name)
     second = _as_in_a_run(model, trainable, buffers, inputs, name)
     after = dict(model.named_buffers())
@@ -172,6 +175,11 @@ def _check_memory(model: nn.Module, inputs: Tensor, name: str) -> None:
             "client to client and be lost on resume, unless it is a persistent buffer; randomness of numpy, Python's "
             "random or a generator of its own cannot be keyed: draw with torch.rand and the like, or by keyed layers"
         )
+
+
+def _handed(model: nn.Module) -> set[str]:
+    """Buffers that training hands in for every step."""
+    return {*key_names(model), *progress_names(model)}
 
 
 def _as_in_a_run(model: nn.Module, trainable: Params, buffers: Params, inputs: Tensor, name: str) -> dict[str, Params]:

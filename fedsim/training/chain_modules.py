@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from fedsim.models.layers import dropouts
+from fedsim.models.layers.attaching import attached, only_attached
 from fedsim.training.chain_layers import Dropout, Flatten, Layer, Linear, ReLU, Tanh, suits_onednn
 from fedsim.training.chain_maps import AvgPool, Conv, GreyConv, GroupNorm, MaxPool, Pair, Window
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FRESH = (Linear, Conv, GreyConv, GroupNorm, MaxPool, AvgPool, Dropout)  # they return a new tensor and do not keep it
 
 
@@ -19,8 +19,9 @@ def layers_of(model: nn.Module) -> tuple[Layer, ...] | None:
     """The layers that do in training what ``model`` does, or None if it is not a chain.
 
     A chain is a nest of ``nn.Sequential`` of the layers that ``fedsim.training.chain_layers`` and ``chain_maps`` have,
-    from examples to rows of logits. All are plain: no subclass, hook or patched method. All parameters are trained, on
-    the CPU, in one dtype of float32 and float64; none is shared, and there is nothing to remember.
+    from examples to rows of logits. All are plain: no subclass, patched method, or hook but that of a layer
+    attached behind another. All parameters are trained, on the CPU, in one dtype of float32 and float64; none is
+    shared, and there is nothing to remember.
     """
     leaves = list(_leaves("", model))
     if not (all(_is_plain(module) for module in model.modules()) and _holds_nothing_else(model, leaves)):
@@ -53,6 +54,8 @@ def _leaves(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Path and module of each layer, in the order of the calls; the same module twice if it is called twice."""
     if type(module) is not nn.Sequential:
         yield path, module
+        for name in attached(module):
+            yield from _leaves(_join(path, name), module.get_submodule(name))
         return
     for name, child in module._modules.items():
         assert child is not None  # Sequential would fail on it
@@ -64,7 +67,7 @@ def _join(path: str, name: str) -> str:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return "forward" not in vars(module) and not any(getattr(module, hooks) for hooks in _HOOKS)
+    return "forward" not in vars(module) and only_attached(module)
 
 
 def _holds_nothing_else(model: nn.Module, leaves: Sequence[tuple[str, nn.Module]]) -> bool:

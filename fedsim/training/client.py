@@ -17,7 +17,7 @@ from fedsim import rng
 from fedsim.models.layers.keyed import step_keys
 from fedsim.records import Broadcast, ClientUpdate, Examples, Params
 from fedsim.training.local_rule import LocalRule
-from fedsim.training.objective import PLAIN, Objective, penalised
+from fedsim.training.objective import PLAIN, Objective, Start, penalised, watched
 from fedsim.training.optimizers import Optimizer
 from fedsim.training.schedules import Schedule, unchanged
 
@@ -32,6 +32,7 @@ class LocalWork:
     autocast: run the forward pass in bfloat16 where torch finds it safe; parameters stay as they are.
     schedule: round -> factor on the optimizer's step size.
     objective: what is minimised.
+    progress_names, rounds: names of the buffers of ramped layers that are told round / rounds.
     seeded: the model draws from torch's global generator, so each client is trained by itself, within
         ``rng.torch_seeded`` of its key.
     """
@@ -46,6 +47,8 @@ class LocalWork:
     schedule: Schedule = unchanged
     seeded: bool = False
     objective: Objective = PLAIN
+    progress_names: tuple[str, ...] = ()
+    rounds: int = 1
 
 
 def batches(n: int, batch_size: int | None, local_epochs: int, key: int) -> Iterator[Tensor]:
@@ -66,15 +69,63 @@ def batches(n: int, batch_size: int | None, local_epochs: int, key: int) -> Iter
         yield from torch.split(rng.permutation(rng.fold(key, "epoch", epoch), n), batch_size or n)
 
 
+def layer_inputs(work: LocalWork, step_key: int | Tensor, round: int) -> Params:
+    """What the model's stochastic layers are given for one step: keys, and how far the federation has come.
+
+    Args:
+        step_key: as for :func:`fedsim.models.layers.keyed.step_keys`.
+        round: 1, 2, ...
+
+    Returns:
+        Buffer name -> tensor in the shape of ``step_key``; int64 keys, float32 progress in (0, 1].
+    """
+    given = step_keys(work.key_names, step_key)
+    if work.progress_names:
+        like = next(iter(given.values()))
+        progress = torch.full(like.shape, round / work.rounds, dtype=torch.float32, device=like.device)
+        given.update(dict.fromkeys(work.progress_names, progress))
+    return given
+
+
 def batch_loss(work: LocalWork, params: Params, buffers: Params, batch: Examples, layer_keys: Params) -> Tensor:
     """Mean loss of a batch in training mode, without penalties: scalar tensor (). Batch-norm ``buffers`` are updated
     in place.
 
-    layer_keys: a key for each stochastic layer, from :func:`fedsim.models.layers.keyed.step_keys`.
+    layer_keys: from :func:`layer_inputs`.
     """
-    with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=work.autocast):
-        logits = functional_call(work.model, {**params, **buffers, **layer_keys}, (batch.inputs,))
-    return work.objective.loss(logits.float() if work.autocast else logits, batch.labels)
+    return _losses(work, params, buffers, batch, layer_keys)[0]
+
+
+def objective_at(
+    work: LocalWork, local: Params, buffers: Params, batch: Examples, layer_keys: Params, *, start: Start
+) -> tuple[Tensor, Tensor]:
+    """What is minimised, at ``local``, and its part without penalties, both scalar tensors ()."""
+    loss, with_maps = _losses(work, local, buffers, batch, layer_keys)
+    return penalised(work.objective, with_maps, local, start), loss
+
+
+def _losses(
+    work: LocalWork, params: Params, buffers: Params, batch: Examples, layer_keys: Params
+) -> tuple[Tensor, Tensor]:
+    """The mean loss, without and with the penalties on what layers return."""
+    objective, mixed = work.objective, None
+    if objective.mixing is not None:
+        name, mix = objective.mixing
+        mixed = mix(batch.inputs, batch.labels, layer_keys[name])
+    inputs = batch.inputs if mixed is None else mixed.inputs
+    with (
+        torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=work.autocast),
+        watched(work.model, objective) as returned,
+    ):
+        logits = functional_call(work.model, {**params, **buffers, **layer_keys}, (inputs,))
+    logits = logits.float() if work.autocast else logits
+    loss = objective.loss(logits, batch.labels)
+    if mixed is not None:
+        loss = mixed.share * loss + (1 - mixed.share) * objective.loss(logits, mixed.partners)
+    with_maps = loss
+    for path, penalty in objective.maps:
+        with_maps = with_maps + penalty(returned[path], batch.labels)
+    return loss, with_maps
 
 
 def gradient(
@@ -84,15 +135,14 @@ def gradient(
     batch: Examples,
     layer_keys: Params,
     *,
-    anchor: Params | None = None,
+    start: Start | None = None,
 ) -> tuple[Params, Tensor]:
     """Gradient of the objective at ``local``, and the value of :func:`batch_loss` there.
 
-    anchor: what the client started from; None: where it is now.
+    start: None: the client starts here, and has this batch.
     """
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in local.items()}
-    loss = batch_loss(work, leaves, buffers, batch, layer_keys)
-    whole = penalised(work.objective, loss, leaves, local if anchor is None else anchor)
+    whole, loss = objective_at(work, leaves, buffers, batch, layer_keys, start=start or Start(local, len(batch)))
     grads = torch.autograd.grad(whole, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(leaves, grads, strict=True)), loss.detach()
 
@@ -125,10 +175,11 @@ def train_client(
         local, buffers = broadcast.params, {name: b.clone() for name, b in broadcast.buffers.items()}
         optimizer_state = work.optimizer.init(local)
         factor = work.schedule(broadcast.round)
+        start = Start(broadcast.params, len(data))
         loss_sum, seen, steps = torch.zeros((), dtype=torch.float64), 0, 0
         for indices in batches(len(data), work.batch_size, work.local_epochs, key):
-            layer_keys = step_keys(work.key_names, rng.fold(key, "step", steps))
-            grads, loss = gradient(work, local, buffers, data.take(indices), layer_keys, anchor=broadcast.params)
+            layer_keys = layer_inputs(work, rng.fold(key, "step", steps), broadcast.round)
+            grads, loss = gradient(work, local, buffers, data.take(indices), layer_keys, start=start)
             grads = work.rule.correct(grads, local, broadcast, state)
             local, optimizer_state = work.optimizer.step(local, grads, optimizer_state, steps + 1, factor)
             loss_sum += loss.double() * len(indices)

@@ -1,6 +1,6 @@
 """Penalties on parameters, each a scalar to be added to the loss of every batch.
 
-``local`` are a client's parameters, ``anchor`` those it started the round from, both (name -> tensor). *Weights* are
+``local`` are a client's parameters (name -> tensor), ``start`` what it started the round with. *Weights* are
 parameters of two axes or more; biases, and scales of normalisation, are left alone where a docstring says weights.
 A convolution's filter, and the row of a linear layer, is the part of a weight that makes one output channel.
 """
@@ -13,41 +13,42 @@ from torch import Tensor
 
 from fedsim import rng
 from fedsim.records import Params
+from fedsim.training.objective import Start
 
 POWER_STEPS = 10  # of the power iteration; torch's spectral norm takes one a step, and keeps its vector between steps
 
 
-def l1(local: Params, anchor: Params, *, strength: float) -> Tensor:
+def l1(local: Params, start: Start, *, strength: float) -> Tensor:
     """``strength * sum |w|`` over weights."""
     return strength * _sum(w.abs().sum() for w in _weights(local))
 
 
-def l2(local: Params, anchor: Params, *, strength: float) -> Tensor:
+def l2(local: Params, start: Start, *, strength: float) -> Tensor:
     """``strength / 2 * sum w^2`` over weights."""
     return strength / 2 * _sum(w.square().sum() for w in _weights(local))
 
 
-def proximal(local: Params, anchor: Params, *, mu: float) -> Tensor:
-    """``mu / 2 * ||w - anchor||^2`` over all parameters."""
-    return mu / 2 * _sum((w - anchor[name]).square().sum() for name, w in local.items())
+def proximal(local: Params, start: Start, *, mu: float) -> Tensor:
+    """``mu / 2 * ||w - start||^2`` over all parameters."""
+    return mu / 2 * _sum((w - start.params[name]).square().sum() for name, w in local.items())
 
 
-def group_lasso(local: Params, anchor: Params, *, strength: float) -> Tensor:
+def group_lasso(local: Params, start: Start, *, strength: float) -> Tensor:
     """``strength * sum_g sqrt(|g|) ||w_g||`` over filters and rows g, |g| their numbers of entries."""
     return strength * _sum(_groups(w) for w in _weights(local))
 
 
-def orthogonal(local: Params, anchor: Params, *, strength: float) -> Tensor:
+def orthogonal(local: Params, start: Start, *, strength: float) -> Tensor:
     """``strength * sum ||G - I||_F^2`` over weights, ``G = W W^T`` of filters or rows, or ``W^T W`` if W is tall."""
     return strength * _sum(_off_orthogonal(w.flatten(1)) for w in _weights(local))
 
 
-def spectral(local: Params, anchor: Params, *, strength: float) -> Tensor:
+def spectral(local: Params, start: Start, *, strength: float) -> Tensor:
     """``strength / 2 * sum sigma_max(W)^2`` over weights, the largest singular values by power iteration."""
     return strength / 2 * _sum(_sigma(w.flatten(1)).square() for w in _weights(local))
 
 
-def slimming(local: Params, anchor: Params, *, names: Sequence[str], strength: float) -> Tensor:
+def slimming(local: Params, start: Start, *, names: Sequence[str], strength: float) -> Tensor:
     """``strength * sum |gamma|`` over the named scales of batch norm."""
     return strength * _sum(local[name].abs().sum() for name in names)
 

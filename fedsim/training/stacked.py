@@ -86,12 +86,13 @@ def train_stacked(work: LocalWork, step: Step, broadcast: Broadcast, pool: Examp
     local = step.copies(broadcast.params, clients)
     states = p.stack(group.states) if group.states[0] else {}
     lanes = Lanes(local, copies(broadcast.buffers, clients), work.optimizer.init(local), states)
-    table, active, means = group.table, lanes, []
+    table, active, means = group.table, lanes, list[Tensor]()
+    sizes = torch.tensor(group.sizes, device=group.step_keys.device)
     for t, n in enumerate(table.active):
         if n < (table.active[t - 1] if t else n):
             active = lanes.first(n)
         keys = rng.fold_tensor(group.step_keys[:n], t) if work.key_names else group.step_keys[:n]
-        means.append(step.take(active, Now(_batch(pool, table, t), keys, t + 1, broadcast)))
+        means.append(step.take(active, Now(_batch(pool, table, t), keys, t + 1, broadcast, sizes[:n])))
     states = _finished(work, lanes, broadcast, group)
     for name, tensor in lanes.local.items():
         tensor.sub_(broadcast.params[name])

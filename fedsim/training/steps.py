@@ -14,16 +14,15 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from fedsim import params as p
-from fedsim.models.layers.keyed import step_keys
 from fedsim.records import Broadcast, Examples, Params
 from fedsim.training.chain import Chain, chain_of
-from fedsim.training.client import LocalWork, batch_loss, gradient
+from fedsim.training.client import LocalWork, gradient, layer_inputs, objective_at
 from fedsim.training.local_rule import same_grads
-from fedsim.training.objective import penalised
+from fedsim.training.objective import Start
 from fedsim.training.optimizers import OptimizerState
 
 Path = Literal["sequential", "vectorised", "fused"]
-Gradient = Callable[..., tuple[Params, Tensor]]  # (local, buffers, batch, layer keys, *, anchor)
+Gradient = Callable[..., tuple[Params, Tensor]]  # (local, buffers, batch, layer keys, *, start)
 
 
 @dataclass(frozen=True)
@@ -46,13 +45,18 @@ class Now:
     """What all lanes are given for one step.
 
     batch: inputs and labels (clients, batch, ...); labels of padding are -100.
-    keys: int64 (clients,). t: 1, 2, ... since the round began.
+    keys: int64 (clients,). t: 1, 2, ... since the round began. sizes: examples of each client, int64 (clients,).
     """
 
     batch: Examples
     keys: Tensor
     t: int
     broadcast: Broadcast
+    sizes: Tensor
+
+    def inputs(self, work: LocalWork) -> Params:
+        """What stochastic layers are given, tensors (clients,)."""
+        return layer_inputs(work, self.keys, self.broadcast.round)
 
 
 class Step(NamedTuple):
@@ -97,8 +101,8 @@ def step_of(work: LocalWork, path: Path, *, compiled: bool = False) -> Step:
 
 
 def _by_gradient(work: LocalWork, find: Gradient, lanes: Lanes, now: Now) -> Tensor:
-    keys = step_keys(work.key_names, now.keys)
-    grads, losses = find(lanes.local, lanes.buffers, now.batch, keys, anchor=now.broadcast.params)
+    start = Start(now.broadcast.params, now.sizes)
+    grads, losses = find(lanes.local, lanes.buffers, now.batch, now.inputs(work), start=start)
     grads = _corrected(work, grads, lanes, now.broadcast)
     work.optimizer.step_(lanes.local, grads, lanes.optimizer, now.t, work.schedule(now.broadcast.round))
     return losses
@@ -107,8 +111,8 @@ def _by_gradient(work: LocalWork, find: Gradient, lanes: Lanes, now: Now) -> Ten
 def _folded(work: LocalWork, chain: Chain, lanes: Lanes, now: Now) -> Tensor:
     folded = work.optimizer.folded
     assert folded is not None  # as step_of saw
-    lr, keys = folded.lr * work.schedule(now.broadcast.round), step_keys(work.key_names, now.keys)
-    return chain.step_(lanes.local, now.batch.inputs, now.batch.labels, keys, lr=lr, weight_decay=folded.weight_decay)
+    lr, batch, decay = folded.lr * work.schedule(now.broadcast.round), now.batch, folded.weight_decay
+    return chain.step_(lanes.local, batch.inputs, batch.labels, now.inputs(work), lr=lr, weight_decay=decay)
 
 
 def _corrected(work: LocalWork, grads: Params, lanes: Lanes, broadcast: Broadcast) -> Params:
@@ -126,31 +130,33 @@ def _corrected(work: LocalWork, grads: Params, lanes: Lanes, broadcast: Broadcas
 
 
 def _alone(
-    work: LocalWork, local: Params, buffers: Params, batch: Examples, keys: Params, *, anchor: Params
+    work: LocalWork, local: Params, buffers: Params, batch: Examples, keys: Params, *, start: Start
 ) -> tuple[Params, Tensor]:
     one = Examples(batch.inputs[0], batch.labels[0])
-    grads, loss = gradient(work, p.lanes(local, 0), p.lanes(buffers, 0), one, p.lanes(keys, 0), anchor=anchor)
+    start = Start(start.params, torch.as_tensor(start.num_examples)[0])
+    grads, loss = gradient(work, p.lanes(local, 0), p.lanes(buffers, 0), one, p.lanes(keys, 0), start=start)
     return p.as_stack(grads), loss[None]
 
 
 def _mapped(
-    work: LocalWork, local: Params, buffers: Params, batch: Examples, keys: Params, *, anchor: Params
+    work: LocalWork, local: Params, buffers: Params, batch: Examples, keys: Params, *, start: Start
 ) -> tuple[Params, Tensor]:
     def whole(
-        local: Params, buffers: Params, inputs: Tensor, labels: Tensor, keys: Params
+        local: Params, buffers: Params, batch: tuple[Tensor, Tensor], keys: Params, size: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Params]]:
         own = {name: buffer.clone() for name, buffer in buffers.items()}  # vmap forbids changing what it maps over
-        loss = batch_loss(work, local, own, Examples(inputs, labels), keys)
-        return penalised(work.objective, loss, local, anchor), (loss, own)
+        here = Start(start.params, size)
+        objective, loss = objective_at(work, local, own, Examples(*batch), keys, start=here)
+        return objective, (loss, own)
 
-    mapped = vmap(grad_and_value(whole, has_aux=True))
-    grads, (_, (losses, moved)) = mapped(local, buffers, batch.inputs, batch.labels, keys)
+    mapped, sizes = vmap(grad_and_value(whole, has_aux=True)), torch.as_tensor(start.num_examples)
+    grads, (_, (losses, moved)) = mapped(local, buffers, (batch.inputs, batch.labels), keys, sizes)
     for name, buffer in buffers.items():
         buffer.copy_(moved[name])
     return grads, losses
 
 
 def _chained(
-    chain: Chain, local: Params, buffers: Params, batch: Examples, keys: Params, *, anchor: Params
+    chain: Chain, local: Params, buffers: Params, batch: Examples, keys: Params, *, start: Start
 ) -> tuple[Params, Tensor]:
     return chain.gradient(local, batch.inputs, batch.labels, keys)

@@ -29,13 +29,13 @@ def test_defaults_are_filled_in_and_read_again():
 @pytest.mark.parametrize(
     ("given", "problems"),
     [
-        (["l3"], ["model.regularizers.0.name: unknown name 'l3' (did you mean l2?); known: l1, l2, group-lasso, "]),
+        (["l3"], ["model.regularizers.0.name: unknown name 'l3' (did you mean l2?); known: dropout, "]),
         (["l1", {"name": "l2", "strenth": 1}], ["model.regularizers.1.strenth: unknown key (did you mean strength?)"]),
         ([{"name": "l1", "strength": -1}], ["model.regularizers.0.strength: must be >= 0, got -1"]),
         ("l1", ["model.regularizers: must be a list, got 'l1'"]),
         ([3], ["model.regularizers.0: must be a name, or a section with a name and its parameters, got 3"]),
         ([None], ["model.regularizers.0: must be a name, or a section with a name and its parameters, got null"]),
-        ([{"strength": 1}], ["model.regularizers.0.name: needed, but not given; known: l1"]),
+        ([{"strength": 1}], ["model.regularizers.0.name: needed, but not given; known: dropout"]),
         (["no.such:thing"], ["model.regularizers.0.name: cannot import 'no.such'"]),
         (
             [{"name": "l1", "strength": "x"}, {"name": "label-smoothing", "epsilon": 1}],

@@ -9,6 +9,7 @@ from torch.func import grad, vmap
 
 from fedsim import rng
 from fedsim.training import penalties as pen
+from fedsim.training.objective import Start
 
 SHAPES = {"conv": (3, 2, 2, 2), "bias": (4,), "tall": (5, 3), "wide": (2, 6), "scale": (3,)}
 
@@ -18,26 +19,27 @@ def params(key, scale=1.0):
 
 
 LOCAL, ANCHOR = params(1), params(2)
+START = Start(ANCHOR, 7)
 WEIGHTS = {n: t.numpy().reshape(t.shape[0], -1) for n, t in LOCAL.items() if t.dim() > 1}
 
 # by numpy, entry by entry or by another decomposition
 EXPECTED = {
-    "l1": (lambda p: pen.l1(p, ANCHOR, strength=0.3), 0.3 * sum(abs(x) for w in WEIGHTS.values() for x in w.flat)),
-    "l2": (lambda p: pen.l2(p, ANCHOR, strength=0.3), 0.15 * sum(x * x for w in WEIGHTS.values() for x in w.flat)),
+    "l1": (lambda p: pen.l1(p, START, strength=0.3), 0.3 * sum(abs(x) for w in WEIGHTS.values() for x in w.flat)),
+    "l2": (lambda p: pen.l2(p, START, strength=0.3), 0.15 * sum(x * x for w in WEIGHTS.values() for x in w.flat)),
     "proximal": (
-        lambda p: pen.proximal(p, ANCHOR, mu=0.3),
+        lambda p: pen.proximal(p, START, mu=0.3),
         0.15 * sum(((LOCAL[n] - ANCHOR[n]).numpy() ** 2).sum() for n in LOCAL),
     ),
     "group lasso": (
-        lambda p: pen.group_lasso(p, ANCHOR, strength=0.3),
+        lambda p: pen.group_lasso(p, START, strength=0.3),
         0.3 * sum(np.sqrt(len(row)) * np.sqrt((row**2).sum()) for w in WEIGHTS.values() for row in w),
     ),
     "orthogonal": (  # sum over singular values: the smaller Gram matrix has their squares as eigenvalues
-        lambda p: pen.orthogonal(p, ANCHOR, strength=0.3),
+        lambda p: pen.orthogonal(p, START, strength=0.3),
         0.3 * sum(((np.linalg.svd(w, compute_uv=False) ** 2 - 1) ** 2).sum() for w in WEIGHTS.values()),
     ),
     "slimming": (
-        lambda p: pen.slimming(p, ANCHOR, names=("scale", "bias"), strength=0.3),
+        lambda p: pen.slimming(p, START, names=("scale", "bias"), strength=0.3),
         0.3 * (LOCAL["scale"].abs().sum() + LOCAL["bias"].abs().sum()).item(),
     ),
 }
@@ -51,7 +53,7 @@ def test_the_value_is_that_of_the_formula(name):
 
 @pytest.mark.parametrize("name", [*EXPECTED, "spectral"])
 def test_gradients_are_those_of_finite_differences(name):
-    penalty = EXPECTED[name][0] if name in EXPECTED else lambda p: pen.spectral(p, ANCHOR, strength=0.3)
+    penalty = EXPECTED[name][0] if name in EXPECTED else lambda p: pen.spectral(p, START, strength=0.3)
     at = {n: t.clone() for n, t in LOCAL.items()}
     if name == "spectral":  # with one singular value far above the others, so that the iteration has come to its end
         for tensor in at.values():
@@ -85,13 +87,13 @@ def test_the_power_iteration_never_exceeds_the_largest_singular_value(key, rows,
 @pytest.mark.parametrize("name", ["l1", "group lasso", "spectral", "orthogonal"])
 def test_weights_of_zero_have_finite_gradients(name):
     nothing = {n: torch.zeros_like(t) for n, t in LOCAL.items()}
-    penalty = EXPECTED[name][0] if name in EXPECTED else lambda p: pen.spectral(p, ANCHOR, strength=0.3)
+    penalty = EXPECTED[name][0] if name in EXPECTED else lambda p: pen.spectral(p, START, strength=0.3)
     assert all(bool(torch.isfinite(g).all()) for g in grad(penalty)(nothing).values())
 
 
 @pytest.mark.parametrize("name", [*EXPECTED, "spectral"])
 def test_stacked_clients_get_what_each_gets_alone(name):
-    penalty = EXPECTED[name][0] if name in EXPECTED else lambda p: pen.spectral(p, ANCHOR, strength=0.3)
+    penalty = EXPECTED[name][0] if name in EXPECTED else lambda p: pen.spectral(p, START, strength=0.3)
     several = [params(k) for k in (5, 6, 7)]
     stacked = {n: torch.stack([one[n] for one in several]) for n in SHAPES}
     found = vmap(penalty)(stacked)

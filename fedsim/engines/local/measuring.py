@@ -19,10 +19,10 @@ from fedsim.engines.engine import Job
 from fedsim.engines.local.plan import Plan, chunks, read
 from fedsim.engines.local.trainer import rows_of, sizes_of
 from fedsim.environment import cpu
-from fedsim.models.layers.keyed import step_keys
+from fedsim.models.layers.keyed import mixes_examples as layers_mix
 from fedsim.records import Broadcast, Examples
 from fedsim.training.chain import chain_of
-from fedsim.training.client import LocalWork, batch_loss
+from fedsim.training.client import LocalWork, batch_loss, layer_inputs
 from fedsim.training.stacked import group_of, train_stacked
 from fedsim.training.steps import step_of
 
@@ -161,8 +161,10 @@ def fastest(speeds: Mapping[Plan, float]) -> Plan:
 def mixes_examples(work: LocalWork, pool: Examples) -> bool:
     """Whether what the model makes of one example depends on the rest of the batch, as with batch norm.
 
-    The first example is scored twice, beside two different others.
+    Where no layer says so of itself, the first example is scored twice, beside two different others.
     """
+    if layers_mix(work.model):
+        return True
     params, buffers = p.of(work.model)
     first, second = pool.inputs[0], pool.inputs[-1]
     other = second.flip(-1) if not second.is_floating_point() else 0.3 - 1.7 * second
@@ -172,7 +174,7 @@ def mixes_examples(work: LocalWork, pool: Examples) -> bool:
         labels = torch.stack([pool.labels[0], torch.full_like(pool.labels[0], -100)])
         batch, own = Examples(torch.stack([first, beside]), labels), {n: b.clone() for n, b in buffers.items()}
         with torch.no_grad(), rng.torch_seeded(0):
-            losses.append(batch_loss(work, params, own, batch, step_keys(work.key_names, 0)))
+            losses.append(batch_loss(work, params, own, batch, layer_inputs(work, 0, 1)))
     return not torch.equal(losses[0], losses[1])
 
 

@@ -1,30 +1,13 @@
-"""The table of regularisers: what ``model.regularizers`` can name.
+"""Penalties on parameters, as regularisers."""
 
-A regulariser is bound to the model before training starts, and then changes what a client minimises.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated
 
-from annotated_types import Ge, Gt, Lt
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsim.training import penalties
-from fedsim.training.losses import smoothed_cross_entropy
 from fedsim.training.objective import Objective, Penalty
-
-Positive = Annotated[float, Gt(0)]
-Strength = Annotated[float, Ge(0)]
-
-
-@dataclass(frozen=True)
-class Regularizer:
-    """bind: (model, objective so far) -> objective. It raises ``ValueError`` if the model has no place for it."""
-
-    bind: Callable[[nn.Module, Objective], Objective]
+from fedsim.training.regularizers.regularizer import Regularizer, Strength, penalise, unbound
 
 
 def l1(*, strength: Strength = 1e-5) -> Regularizer:
@@ -96,7 +79,7 @@ def bn_slimming(*, strength: Strength = 1e-4) -> Regularizer:
 
     Source: Liu et al. 2017, eq. 1. Differs: none.
     """
-    return Regularizer(partial(_bind_slimming, strength))
+    return Regularizer("penalties", partial(_bind_slimming, strength))
 
 
 def proximal(*, mu: Strength = 0.01) -> Regularizer:
@@ -110,24 +93,13 @@ def proximal(*, mu: Strength = 0.01) -> Regularizer:
     return _penalty(partial(penalties.proximal, mu=mu), mu)
 
 
-def label_smoothing(*, epsilon: Annotated[float, Ge(0), Lt(1)] = 0.1) -> Regularizer:
-    """Label smoothing: the target is ``(1 - epsilon) * one-hot + epsilon / classes``.
-
-    Args:
-        epsilon: in [0, 1).
-
-    Source: Szegedy et al. 2016, section 7. Differs: none.
-    """
-    return Regularizer(partial(_bind_smoothing, epsilon))
-
-
 def _penalty(penalty: Penalty, strength: float) -> Regularizer:
-    return Regularizer(partial(_bind_penalty, penalty, strength))
-
-
-def _bind_penalty(penalty: Penalty, strength: float, model: nn.Module, objective: Objective) -> Objective:
     """Of strength 0 it is left out, so that the plain model is trained bit for bit."""
-    return replace(objective, penalties=(*objective.penalties, penalty)) if strength else objective
+    return Regularizer("penalties", partial(_bind_penalty, penalty) if strength else unbound)
+
+
+def _bind_penalty(penalty: Penalty, model: nn.Module, objective: Objective) -> Objective:
+    return penalise(objective, penalty)
 
 
 def _bind_slimming(strength: float, model: nn.Module, objective: Objective) -> Objective:
@@ -136,20 +108,5 @@ def _bind_slimming(strength: float, model: nn.Module, objective: Objective) -> O
     names = tuple(f"{path}.weight" for path in norms if f"{path}.weight" in trained)
     if not names:
         raise ValueError("needs batch norm; cnn, conv-2, conv-4, conv-6 and resnet have it with norm: batch")
-    return _bind_penalty(partial(penalties.slimming, names=names, strength=strength), strength, model, objective)
-
-
-def _bind_smoothing(epsilon: float, model: nn.Module, objective: Objective) -> Objective:
-    return replace(objective, loss=partial(smoothed_cross_entropy, epsilon=epsilon)) if epsilon else objective
-
-
-REGULARIZERS: dict[str, Callable[..., Regularizer]] = {
-    "l1": l1,
-    "l2": l2,
-    "group-lasso": group_lasso,
-    "orthogonal": orthogonal,
-    "spectral": spectral,
-    "bn-slimming": bn_slimming,
-    "proximal": proximal,
-    "label-smoothing": label_smoothing,
-}
+    slimming = partial(penalties.slimming, names=names, strength=strength)
+    return penalise(objective, slimming) if strength else objective

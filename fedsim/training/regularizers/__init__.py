@@ -1,0 +1,70 @@
+"""The table of regularisers: what ``model.regularizers`` can name. One file per place where they work.
+
+A regulariser is bound to the model before training starts. It puts layers into the model, which draw from the step's
+key, or changes the objective, or both.
+"""
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from fedsim import rng
+from fedsim.training.objective import PLAIN, Objective
+from fedsim.training.regularizers.activations import dropout, spatial_dropout
+from fedsim.training.regularizers.parameters import (
+    bn_slimming,
+    group_lasso,
+    l1,
+    l2,
+    orthogonal,
+    proximal,
+    spectral,
+)
+from fedsim.training.regularizers.regularizer import STAGES, Regularizer
+from fedsim.training.regularizers.targets import label_smoothing
+
+__all__ = ["REGULARIZERS", "Regularizer", "bind", "in_order"]
+
+REGULARIZERS: dict[str, Callable[..., Regularizer]] = {
+    "dropout": dropout,
+    "spatial-dropout": spatial_dropout,
+    "l1": l1,
+    "l2": l2,
+    "group-lasso": group_lasso,
+    "orthogonal": orthogonal,
+    "spectral": spectral,
+    "bn-slimming": bn_slimming,
+    "proximal": proximal,
+    "label-smoothing": label_smoothing,
+}
+
+
+def in_order(regularizers: Sequence[Regularizer]) -> list[int]:
+    """Their positions, in the order in which they are bound."""
+    return sorted(range(len(regularizers)), key=lambda i: STAGES.index(regularizers[i].stage))
+
+
+def bind(model: nn.Module, regularizers: Sequence[Regularizer], key: int = 0) -> Objective:
+    """Change ``model`` in place as the regularisers say, and tell what is to be minimised then.
+
+    Args:
+        model: not yet trained.
+        regularizers: in any order; see ``Regularizer.stage``.
+        key: from which new parameters are drawn, the i-th regulariser's from ``fold(key, i)``.
+
+    Raises:
+        ValueError: the model has no place for one of them.
+
+    >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> bind(model, [dropout(p=0.2), proximal(mu=0.1)]).told()
+    ['fedsim.training.penalties.proximal']
+    >>> model[1]
+    ReLU(
+      (dropout): Dropout(p=0.2)
+    )
+    """
+    objective = PLAIN
+    for i in in_order(regularizers):
+        with rng.torch_seeded(rng.fold(key, i)):
+            objective = regularizers[i].bind(model, objective)
+    return objective
