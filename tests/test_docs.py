@@ -17,16 +17,18 @@ def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-def test_the_optimizer_the_strategy_and_the_regulariser_of_the_page_train(tmp_path, monkeypatch):
+def test_the_optimizer_the_strategy_and_the_regularisers_of_the_page_train(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    optimizer, strategy, regularizer = blocks("docs/custom.md", "python")
+    optimizer, strategy, regularizer, noisy = blocks("docs/custom.md", "python")
     Path("docs_optimizer.py").write_text(optimizer)
     Path("docs_strategy.py").write_text(strategy)
     Path("docs_regularizer.py").write_text(regularizer)
+    Path("docs_noisy.py").write_text(noisy)
     for changes in (
         {"train.optimizer": {"name": "docs_optimizer:signsgd", "lr": 0.01}},
         {"strategy": {"name": "docs_strategy:fedavgm", "beta": 0.5}},
         {"model.regularizers": [{"name": "docs_regularizer:sparse_head", "strength": 0.002}]},
+        {"model.regularizers": [{"name": "docs_noisy:noisy_hidden", "scale": 0.2}]},
     ):
         run = fedsim.run(CONFIG, changes)
         assert run.summary["accuracy"] > 0.5 > run.summary["initial"]["accuracy"]

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Union, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, RootModel, Tag, create_model
 from pydantic.annotated_handlers import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
@@ -157,11 +157,17 @@ def call(factory: Factory, component: Component, kind: Kind, **context: Any) -> 
     return factory(**supplied, **component.params())
 
 
+class Regularizers(RootModel[list[Annotated[Component, Slot("regularizers")]]]):
+    """The list of regularisers: a class of its own, so that its schema is made once for all models of the table."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+
 class ModelComponent(Component):
     """Keys that every model takes beside its own."""
 
     init: Annotated[Literal["default"], Field(description="how parameters start")] = "default"
-    regularizers: list[Annotated[Component, Slot("regularizers")]] = Field(default=[])
+    regularizers: Regularizers = Regularizers([])
 
     @classmethod
     def not_params(cls) -> frozenset[str]:

@@ -88,7 +88,7 @@ def components_at(config: Config, kind: Kind) -> list[Component]:
     found: Any = config
     for part in kind.path.split("."):
         found = getattr(found, part)
-    return list(found)
+    return list(found.root)
 
 
 def component_at(config: Config, path: str) -> Component:
