@@ -1,6 +1,7 @@
 """fedsim: federated learning, simulated from one YAML file, exactly repeatable.
 
-``run``, ``resume``, ``load``, ``verify``, ``split``, ``baseline`` and ``bench`` are described in :mod:`fedsim.api`.
+``run``, ``resume``, ``load``, ``sweep``, ``resume_sweep``, ``load_sweep``, ``verify``, ``split``, ``baseline`` and
+``bench`` are described in :mod:`fedsim.api`.
 
 >>> import fedsim
 >>> run = fedsim.run("configs/quickstart.yaml", {"train.rounds": 5})  # doctest: +SKIP
@@ -11,16 +12,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedsim.api import Run as Run
+    from fedsim.api import Sweep as Sweep
     from fedsim.api import baseline as baseline
     from fedsim.api import bench as bench
     from fedsim.api import load as load
+    from fedsim.api import load_sweep as load_sweep
     from fedsim.api import resume as resume
+    from fedsim.api import resume_sweep as resume_sweep
     from fedsim.api import run as run
     from fedsim.api import split as split
+    from fedsim.api import sweep as sweep
     from fedsim.api import verify as verify
 
 __version__ = "0.1.0"
-__all__ = ["Run", "baseline", "bench", "load", "resume", "run", "split", "verify"]
+__all__ = [
+    "Run",
+    "Sweep",
+    "baseline",
+    "bench",
+    "load",
+    "load_sweep",
+    "resume",
+    "resume_sweep",
+    "run",
+    "split",
+    "sweep",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,8 @@ from fedsim.api.baselining import Baselines, baseline
 from fedsim.api.benching import Bench, bench
 from fedsim.api.running import Run, load, resume, run
 from fedsim.api.splitting import Split, split
+from fedsim.api.sweep_folder import Sweep, load_sweep
+from fedsim.api.sweeping import resume_sweep, sweep
 from fedsim.api.verifying import Verification, verify
 
 __all__ = [
@@ -11,12 +13,16 @@ __all__ = [
     "Bench",
     "Run",
     "Split",
+    "Sweep",
     "Verification",
     "baseline",
     "bench",
     "load",
+    "load_sweep",
     "resume",
+    "resume_sweep",
     "run",
     "split",
+    "sweep",
     "verify",
 ]

@@ -12,7 +12,7 @@ import click
 import typer
 
 from fedsim import __version__
-from fedsim.cli import certifying, checking, deploying, flower_running, looking, running
+from fedsim.cli import certifying, checking, deploying, flower_running, looking, running, sweeping
 from fedsim.errors import ConfigError, FedsimError
 
 INTERRUPTED = 130
@@ -26,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 running.add_to(app)
+sweeping.add_to(app)
 checking.add_to(app)
 looking.add_to(app)
 certifying.add_to(app)

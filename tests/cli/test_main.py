@@ -7,7 +7,7 @@ import fedsim as package
 from fedsim import api
 from fedsim.errors import ClientError, ConfigError, RunError
 
-COMMANDS = ["run", "resume", "baseline", "verify", "bench", "report", "compare", "split", "list", "schema"]
+COMMANDS = ["run", "resume", "sweep", "baseline", "verify", "bench", "report", "compare", "split", "list", "schema"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
