@@ -1,7 +1,7 @@
 """Where in a model a method has its place: found by the kinds of its layers, so that any model will do.
 
 The order of layers is that of ``named_modules``, which is the order of the calls in every model of the zoo and in most
-others. A residual block says which of its children ends its branch and which its shortcut, by class attributes
+others. A residual block says which of its children ends its branch and which its shortcut, by attributes
 ``branch`` and ``shortcut``.
 """
 
@@ -13,7 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)
-_ACTIVATIONS = (nn.ReLU, nn.Tanh, nn.GELU, nn.ELU, nn.SELU, nn.SiLU, nn.LeakyReLU, nn.Sigmoid)
+ACTIVATIONS = (nn.ReLU, nn.Tanh, nn.GELU, nn.ELU, nn.SELU, nn.SiLU, nn.LeakyReLU, nn.Sigmoid)
+
+FORKS = "forks"  # child that holds the other branches of a forked module
 
 
 class Unit(NamedTuple):
@@ -54,7 +56,7 @@ def head(model: nn.Module) -> str:
     Raises:
         ValueError: there is none, or it is the model itself.
     """
-    paths: list[str] = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path]
+    paths = [path for path, module in _on_the_main_path(model) if isinstance(module, nn.Linear) and path]
     if not paths:
         raise ValueError("needs a linear layer inside the model; every model of the zoo has one")
     return paths[-1]
@@ -99,7 +101,7 @@ def modules_of(model: nn.Module, kind: type[nn.Module] | Callable[[nn.Module], b
 
 def _units(model: nn.Module) -> Iterator[Unit]:
     stage, fresh = 1, True  # fresh: the stage has no convolution yet
-    for path, module in model.named_modules():
+    for path, module in _on_the_main_path(model):
         if isinstance(module, _POOLS):
             stage, fresh = (stage, fresh) if fresh else (stage + 1, True)
         if not path or not isinstance(module, nn.Conv2d | nn.Linear):
@@ -110,6 +112,13 @@ def _units(model: nn.Module) -> Iterator[Unit]:
             fresh = False
         end, activation = _followed(model, path)
         yield Unit(path, end, activation, stage)
+
+
+def _on_the_main_path(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Paths and modules, but for the other branches of a model with several heads (:mod:`fedsim.models.forks`)."""
+    forked = (path for path, module in model.named_modules() if getattr(module, "adds_axis", False))
+    others = tuple(_join(path, FORKS) + "." for path in forked)
+    return ((path, module) for path, module in model.named_modules() if not path.startswith(others))
 
 
 def _numbers(stride: object) -> tuple[int, ...]:
@@ -127,7 +136,7 @@ def _followed(model: nn.Module, path: str) -> tuple[str, str | None]:
     end = name
     for other in following:
         module = parent._modules[other]
-        if isinstance(module, _ACTIVATIONS) and isinstance(parent, nn.Sequential):
+        if isinstance(module, ACTIVATIONS) and isinstance(parent, nn.Sequential):
             return _join(above, other), _join(above, other)
         if not isinstance(module, (*_NORMS, nn.Identity)):
             break

@@ -1,4 +1,4 @@
-"""The choice of normalisation, as one name for every image model.
+"""The choice of normalisation, as one name for every model but those of sequences.
 
 Batch norm mixes the examples of a batch and keeps running statistics (buffers), which differ between clients. The
 others treat each example alone and keep nothing.
@@ -39,6 +39,33 @@ def norm_2d(name: Norm, channels: int) -> nn.Module:
             return nn.GroupNorm(num_groups(channels), channels)
         case "layer":
             return nn.GroupNorm(1, channels)
+    raise ValueError(f"norm must be none, batch, group or layer, got {name!r}")
+
+
+def norm_1d(name: Norm, features: int) -> nn.Module:
+    """Normalisation of hidden units (batch, features), with a learned scale and shift per unit.
+
+    Args:
+        name: as for :func:`norm_2d`; ``layer`` is over all units of an example, ``group`` over each group of them.
+        features: >= 1.
+
+    Returns:
+        Module that keeps the shape.
+
+    Raises:
+        ValueError: unknown name.
+
+    Source: as for :func:`norm_2d`; Ba, Kiros, Hinton 2016, "Layer Normalization", eq. 3, arXiv:1607.06450 (layer).
+    """
+    match name:
+        case "none":
+            return nn.Identity()
+        case "batch":
+            return nn.BatchNorm1d(features)
+        case "group":
+            return nn.GroupNorm(num_groups(features), features)
+        case "layer":
+            return nn.LayerNorm(features)
     raise ValueError(f"norm must be none, batch, group or layer, got {name!r}")
 
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsim import rng
-from fedsim.models.layers.norms import norm_2d, num_groups
+from fedsim.models.layers.norms import norm_1d, norm_2d, num_groups
 
 EPSILON = 1e-5  # torch's default for all of them
 
@@ -75,3 +75,35 @@ def test_group_norm_does_not_erase_maps_of_one_pixel() -> None:
 def test_an_unknown_norm_is_refused_with_the_choices() -> None:
     with pytest.raises(ValueError, match="norm must be none, batch, group or layer, got 'instance'"):
         norm_2d("instance", 4)
+
+
+UNITS = 3.0 * rng.normal(6, 5, 24, dtype=torch.float64) - 1.0
+
+
+@pytest.mark.parametrize(("name", "groups"), [("layer", 1), ("group", 3)])
+def test_layer_and_group_norm_of_units_equal_the_closed_form_and_torch(name: str, groups: int) -> None:
+    norm = norm_1d(name, 24).double()
+    scale, shift = rng.normal(1, 2, 24, dtype=torch.float64)
+    with torch.no_grad():
+        norm.weight.copy_(scale)
+        norm.bias.copy_(shift)
+    expected = by_hand(UNITS[:, :, None], groups, scale, shift)[:, :, 0]
+    torch.testing.assert_close(norm(UNITS).detach(), expected, rtol=1e-10, atol=1e-10)
+    if name == "layer":
+        torch_s = torch.nn.functional.layer_norm(UNITS, (24,), scale, shift)
+    else:
+        torch_s = torch.nn.functional.group_norm(UNITS, groups, scale, shift)
+    torch.testing.assert_close(norm(UNITS).detach(), torch_s, rtol=1e-12, atol=1e-12)
+
+
+def test_batch_norm_of_units_is_torch_s_over_the_batch() -> None:
+    norm, mean, var = norm_1d("batch", 24).double(), torch.zeros(24).double(), torch.ones(24).double()
+    expected = torch.nn.functional.batch_norm(UNITS, mean, var, training=True)
+    torch.testing.assert_close(norm(UNITS).detach(), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * UNITS.var(0), rtol=1e-12, atol=1e-12)
+
+
+def test_no_norm_of_units_is_the_identity_and_an_unknown_one_is_refused() -> None:
+    assert torch.equal(norm_1d("none", 24)(UNITS), UNITS)
+    with pytest.raises(ValueError, match="norm must be none, batch, group or layer, got 'instance'"):
+        norm_1d("instance", 4)
