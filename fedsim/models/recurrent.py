@@ -44,7 +44,8 @@ def char_lstm(
 
     Source: McMahan et al. 2017, arXiv:1602.05629, section 3. Differs: torch's LSTM has two bias vectors per layer and
         no peepholes. A vocabulary of 258 gives 867,090 parameters; the paper's 866,578 fits one bias vector and
-        peepholes. ``torch.func.vmap`` has no rule for torch's LSTM: clients train one after another.
+        peepholes. ``torch.func.vmap`` has no rule for torch's LSTM: clients train one after another, unless
+        ``tied-dropout`` or ``zoneout`` make it one of plain cells.
     """
     if len(input_shape) != 1:
         raise ValueError(f"model.name: char-lstm needs token sequences (time,), got shape {input_shape}")

@@ -13,26 +13,46 @@ from fedsim.models.layers.norms import Norm, norm_2d
 _WIDTHS = (16, 32, 64)
 
 
-class Block(nn.Module):
-    """``relu(x' + norm2(conv2(relu(norm1(conv1(x))))))`` with the parameter-free shortcut x'.
+class Residual(nn.Module):
+    """A residual block: ``relu(x' + norm_m(layer_m(... relu(norm_1(layer_1(x))))))`` with the shortcut x'.
 
-    Where the block strides or widens, x' takes every second pixel and adds channels of zeros at the end (option A).
+    A subclass registers ``shortcut``, its layers with weights, and norm1, norm2, ... behind them.
+
+    weights: names of the layers with weights, in order. branch: what ends the branch, for methods that work on it.
     """
 
-    branch = "norm2"  # what ends it, for methods that work on branches
+    shortcut: nn.Module
+
+    def __init__(self, weights: tuple[str, ...]) -> None:
+        super().__init__()
+        self.weights, self.branch = weights, f"norm{len(weights)}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, ...) to (batch, ...), as ``shortcut`` and layers make it."""
+        inner = x
+        for i, (layer, norm) in enumerate(self.layers()):
+            inner = norm(layer(F.relu(inner) if i else inner))
+        return F.relu(self.shortcut(x) + inner)
+
+    def layers(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Each layer with weights, and the norm behind it."""
+        return [(self.get_submodule(name), self.get_submodule(f"norm{i}")) for i, name in enumerate(self.weights, 1)]
+
+
+class Block(Residual):
+    """Two 3 x 3 convolutions and the parameter-free shortcut x'.
+
+    Where the block strides or widens, x' takes every second pixel and adds channels of zeros at the end (option A).
+    (batch, channels_in, height, width) to (batch, channels, ceil(height / stride), ceil(width / stride)).
+    """
 
     def __init__(self, channels_in: int, channels: int, *, stride: int, norm: Norm) -> None:
-        super().__init__()
+        super().__init__(("conv1", "conv2"))
         self.shortcut = Shortcut(channels - channels_in, stride=stride)
         self.conv1 = _conv(channels_in, channels, norm, stride=stride)
         self.norm1 = norm_2d(norm, channels)
         self.conv2 = _conv(channels, channels, norm)
         self.norm2 = norm_2d(norm, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, channels_in, height, width) to (batch, channels, ceil(height / stride), ceil(width / stride))."""
-        inner = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.shortcut(x) + self.norm2(self.conv2(inner)))
 
 
 class Shortcut(nn.Module):

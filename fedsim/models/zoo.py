@@ -19,11 +19,13 @@ from fedsim import params as p
 from fedsim import rng
 from fedsim.errors import ConfigError
 from fedsim.models.convolutional import cnn, conv_2, conv_4, conv_6
+from fedsim.models.fractal import fractal
 from fedsim.models.layers.dropouts import unkeyed
 from fedsim.models.layers.keyed import Keyed, adds_axis, key_names, progress_names, step_keys
 from fedsim.models.mlp import lenet_300_100, linear, mlp, two_nn
 from fedsim.models.recurrent import char_lstm
 from fedsim.models.residual import resnet, resnet_8, resnet_20
+from fedsim.models.residual_mlp import residual_mlp
 from fedsim.records import Params
 
 
@@ -208,5 +210,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet": resnet,
     "resnet-8": resnet_8,
     "resnet-20": resnet_20,
+    "residual-mlp": residual_mlp,
+    "fractal": fractal,
     "char-lstm": char_lstm,
 }

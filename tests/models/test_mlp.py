@@ -55,3 +55,36 @@ def test_dropout_of_an_mlp_zeroes_hidden_units_by_step_key() -> None:
 def test_paper_models_put_relu_between_layers_and_none_after_the_last(factory: Callable[..., nn.Module]) -> None:
     model = factory((1, 28, 28), 10)
     assert [type(m).__name__ for m in model] == ["Flatten", "Linear", "ReLU", "Linear", "ReLU", "Linear"]
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "layer"])
+def test_a_norm_stands_between_each_hidden_layer_and_its_relu(norm: str) -> None:
+    with rng.torch_seeded(1):
+        model = mlp((3, 2), 4, hidden=[16, 8], norm=norm, dropout=0.5).double()
+    layers = ["flatten", *(f"fc{part}{i}" for i in (1, 2) for part in ("", "_norm", "_relu", "_dropout")), "head"]
+    assert list(dict(model.named_children())) == layers
+    x = rng.normal(1, 6, 3, 2, dtype=torch.float64)
+    y = x.flatten(1)
+    for fc, size in ((model.fc1, 16), (model.fc2, 8)):
+        y = y @ fc.weight.T + fc.bias
+        grouped = y.view(6, max(1, size // 8) if norm == "group" else 1, -1)
+        mean, var = (y.mean(0), y.var(0, unbiased=False)) if norm == "batch" else (None, None)
+        if norm != "batch":
+            mean = grouped.mean(2, keepdim=True).expand_as(grouped).reshape(6, size)
+            var = grouped.var(2, unbiased=False, keepdim=True).expand_as(grouped).reshape(6, size)
+        y = torch.relu((y - mean) / torch.sqrt(var + 1e-5))
+    expected = y @ model.head.weight.T + model.head.bias
+    for module in model:
+        module.train(isinstance(module, nn.BatchNorm1d))  # without dropout, with the statistics of the batch
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("factory", [mlp, two_nn, lenet_300_100])
+def test_without_a_norm_the_first_weights_and_logits_are_what_they_were(factory: Callable[..., nn.Module]) -> None:
+    with rng.torch_seeded(4):
+        plain = factory((5,), 3)
+    with rng.torch_seeded(4):
+        normed = factory((5,), 3, norm="layer")
+    assert "fc_norm1" not in dict(plain.named_children()) and "fc_norm2" in dict(normed.named_children())
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, normed.state_dict()[name])

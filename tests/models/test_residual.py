@@ -84,3 +84,12 @@ def test_gradients_of_a_widening_block_equal_finite_differences(norm: str) -> No
         return functional_call(block, {**dict(zip(trainable, values, strict=True)), **held}, (x,))
 
     assert gradcheck(out, [x.requires_grad_(), *(p.requires_grad_() for p in trainable.values())])
+
+
+def test_a_block_takes_its_input_as_it_is_with_the_signs_it_has() -> None:
+    with rng.torch_seeded(4):
+        block = Block(2, 3, stride=2, norm="none").double()
+    x = rng.normal(1, 2, 2, 5, 4, dtype=torch.float64)
+    inner = convolution(torch.relu(convolution(x, block.conv1, 2)), block.conv2, 1)
+    shortcut = torch.cat([x[:, :, ::2, ::2], torch.zeros(2, 1, 3, 2, dtype=torch.float64)], 1)
+    torch.testing.assert_close(block(x), torch.relu(shortcut + inner), rtol=1e-9, atol=1e-11)

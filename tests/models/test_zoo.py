@@ -20,10 +20,12 @@ SMALL = {  # parameters that keep the tests quick; the others run as they are
     "mlp": {"hidden": [7, 5], "dropout": 0.3},
     "cnn": {"channels": [4, 6], "kernel": 3, "hidden": 8, "norm": "batch"},
     "resnet": {"depth": 8, "norm": "batch"},
+    "residual-mlp": {"depth": 2, "width": 6, "norm": "batch"},
+    "fractal": {"channels": [4, 6], "norm": "batch"},
     "char-lstm": {"embedding": 3, "hidden": 5},
 }
-FLAT = ["linear", "mlp", "2nn", "lenet-300-100"]
-IMAGES = ["cnn", "conv-2", "conv-4", "conv-6", "resnet", "resnet-8", "resnet-20"]
+FLAT = ["linear", "mlp", "2nn", "lenet-300-100", "residual-mlp"]
+IMAGES = ["cnn", "conv-2", "conv-4", "conv-6", "resnet", "resnet-8", "resnet-20", "fractal"]
 STACKABLE = [name for name in MODELS if name != "char-lstm"]  # torch has no rule for its LSTM: see test_recurrent
 
 
@@ -61,6 +63,15 @@ def test_the_groups_of_these_tests_cover_the_table() -> None:
         ("resnet-20", CIFAR, 10, {"norm": "none"}, 269_722 - 688),
         ("resnet-8", CIFAR, 10, {}, 75_290),
         ("resnet", CIFAR, 10, {"depth": 56, "norm": "batch"}, 853_018),
+        ("residual-mlp", (30,), 2, {}, 30 * 64 + 64 + 8 * (64 * 64 + 64) + 64 * 2 + 2),
+        ("residual-mlp", (30,), 2, {"depth": 1, "width": 5, "norm": "layer"}, 150 + 2 * 25 + 3 * 10 + 12),
+        (
+            "fractal",
+            CIFAR,
+            10,
+            {"channels": [16, 32], "norm": "none"},
+            3 * 448 + 4 * 2_320 + 3 * 4_640 + 4 * 9_248 + 330,
+        ),
         ("char-lstm", (80,), 258, {}, 867_090),
     ],
 )
@@ -86,15 +97,15 @@ def test_image_models_give_one_row_of_logits_per_image(name: str, shape: tuple[i
     assert bool(torch.isfinite(logits).all())
 
 
-@pytest.mark.parametrize("name", [n for n in IMAGES if n.startswith("resnet")])
-def test_resnets_take_an_image_of_one_pixel(name: str) -> None:
+@pytest.mark.parametrize("name", [n for n in IMAGES if n.startswith(("resnet", "fractal"))])
+def test_resnets_and_fractals_take_an_image_of_one_pixel(name: str) -> None:
     assert MODELS[name]((1, 1, 1), 3)(rng.normal(1, 2, 1, 1, 1)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_layer_with_weights_is_plain_and_the_last_is_the_head(name: str) -> None:
     model = small(name)
-    plain = (nn.Conv2d, nn.Linear, nn.Embedding, nn.LSTM, nn.BatchNorm2d, nn.GroupNorm)
+    plain = (nn.Conv2d, nn.Linear, nn.Embedding, nn.LSTM, nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm)
     owners = {path.rpartition(".")[0] for path, _ in model.named_parameters()}
     assert all(type(model.get_submodule(path)) in plain for path in owners)
     assert list(model.named_children())[-1][0] == "head"
