@@ -1,7 +1,8 @@
 """The two baselines of a federation: all of its data in one place, and each client on its own.
 
 Both train the same model from the same start on the federation's own training examples, with the same optimizer, batch
-size, epochs per round and rounds, and are tested on the same held-out examples.
+size, epochs per round and rounds, and are tested on the same held-out examples. Nothing of a model stays with a client,
+since there is but one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,12 @@ def centralised(federation: Federation) -> Federation:
     held = federation.data.partition
     together = Partition(offsets=np.array([0, len(held.indices)]), indices=held.indices)
     data = replace(federation.data, partition=together)
-    return replace(federation, data=data, clients_per_round=1, sampling="fixed")
+    return _of_one(replace(federation, data=data))
+
+
+def _of_one(federation: Federation) -> Federation:
+    work = replace(federation.work, kept=())
+    return replace(federation, work=work, clients_per_round=1, sampling="fixed")
 
 
 def train_centralised(
@@ -49,7 +55,7 @@ def alone(federation: Federation, client: int) -> Federation:
     data = federation.data
     own = replace(data, partition=_only(data.partition, client), test_partition=_only(data.test_partition, client))
     seed = rng.fold(federation.seed, "alone", client)
-    return replace(federation, seed=seed, data=own, clients_per_round=1, sampling="fixed")
+    return _of_one(replace(federation, seed=seed, data=own))
 
 
 def _only(partition: Partition, client: int) -> Partition:

@@ -24,8 +24,9 @@ from fedsim.records import (
     ServerState,
 )
 from fedsim.strategies.strategy import Strategy
+from fedsim.training import kept
 from fedsim.training.client import LocalWork
-from fedsim.training.evaluate import Floats, by_owner
+from fedsim.training.evaluate import Floats, Scores, by_owner
 
 Sampling = Literal["fixed", "poisson"]
 
@@ -39,6 +40,7 @@ class Federation:
     clients_per_round: cohort size (fixed), or its expectation (poisson).
     eval_every: evaluate after every so many rounds, and after the last.
     draws: of the model, to be told.
+    pooled: names of running means and variances, in pairs, of which the variances are pooled and not averaged.
     """
 
     seed: int
@@ -51,6 +53,7 @@ class Federation:
     eval_every: int
     on_nan: OnNan
     draws: Draws = UNTOLD
+    pooled: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,17 @@ class RoundResult:
 def job(federation: Federation) -> Job:
     """What an engine needs of a federation."""
     f = federation
-    return Job(f.work, f.data, f.strategy, f.on_nan, f.clients_per_round, f.rounds)
+    return Job(f.work, f.data, f.strategy, f.on_nan, f.clients_per_round, f.rounds, f.pooled)
 
 
 def start(federation: Federation) -> ServerState:
-    """State before the first round: the model's own parameters and buffers, and the server rule's first state."""
+    """State before the first round: the model's own parameters and buffers, and the server rule's first state.
+
+    Tensors that stay with clients are among them, and never change here.
+    """
     params, buffers = of(federation.work.model)
-    return ServerState(0, params, buffers, federation.strategy.server.init(params), {})
+    sent = kept.shared(params, federation.work.kept)
+    return ServerState(0, params, buffers, federation.strategy.server.init(sent), {})
 
 
 def cohort(federation: Federation, round: int) -> Indices:
@@ -140,7 +147,8 @@ def round_key(federation: Federation, round: int) -> int:
 
 def broadcast(federation: Federation, state: ServerState, round: int) -> Broadcast:
     """What the server sends in this round: the state's model and what the server rule adds."""
-    return Broadcast(state.params, state.buffers, federation.strategy.server.extra(state.server), round)
+    params, buffers = (kept.shared(tensors, federation.work.kept) for tensors in (state.params, state.buffers))
+    return Broadcast(params, buffers, federation.strategy.server.extra(state.server), round)
 
 
 def step(federation: Federation, state: ServerState, result: CohortUpdate, round: int) -> ServerState:
@@ -151,12 +159,13 @@ def step(federation: Federation, state: ServerState, result: CohortUpdate, round
     """
     if result.update is None:
         return replace(state, round=round)
-    params, server = federation.strategy.server.step(state.params, result.update, state.server)
+    sent = kept.shared(state.params, federation.work.kept)
+    params, server = federation.strategy.server.step(sent, result.update, state.server)
     if not all_finite(params):
         steps = "smaller steps (train.optimizer.lr, strategy.server_lr) may help"
         raise RunError(f"round {round}: the global model is no longer finite; {steps}")
-    buffers = state.buffers if result.buffers is None else result.buffers
-    return ServerState(round, params, buffers, server, {**state.clients, **result.states})
+    buffers = {**state.buffers, **(result.buffers or {})}
+    return ServerState(round, {**state.params, **params}, buffers, server, {**state.clients, **result.states})
 
 
 def _evaluated(
@@ -166,14 +175,46 @@ def _evaluated(
     round, record = state.round, unevaluated(state.round, result)
     if not evaluates(federation, round):
         return RoundResult(state, replace(record, seconds=time.perf_counter() - began), ())
-    model, data = broadcast(federation, state, round), federation.data
-    scores = cohorts.evaluate(model, data.test)
-    on_clients = scores if data.client_test is data.test else cohorts.evaluate(model, data.client_test)
+    data = federation.data
+    scores, on_clients = _scores(federation, cohorts, state)
     own = by_owner(on_clients, data.test_partition)
     loss, accuracy = scores.mean()
     record = with_spread(replace(record, loss=loss, accuracy=accuracy), own.accuracy)
     listed = data.test_partition.num_clients <= LISTED_CLIENTS or round == federation.rounds
     return RoundResult(state, replace(record, seconds=time.perf_counter() - began), own.lines(round) if listed else ())
+
+
+def _scores(federation: Federation, cohorts: Cohorts, state: ServerState) -> tuple[Scores, Scores]:
+    """Of the held-out examples, and of the same as the clients have them.
+
+    Where clients keep a part of the model, the global one is no model alone: both are of the clients' own.
+    """
+    data, model = federation.data, broadcast(federation, state, state.round)
+    if federation.work.kept:
+        own = _own_scores(federation, cohorts, state)
+        return own, own
+    scores = cohorts.evaluate(model, data.test)
+    return scores, scores if data.client_test is data.test else cohorts.evaluate(model, data.client_test)
+
+
+def _own_scores(federation: Federation, cohorts: Cohorts, state: ServerState) -> Scores:
+    """Of each client's held-out examples by the global model with what that client keeps; 0 for those of nobody.
+
+    A client that never took part has what the model began with.
+    """
+    data, work, model = federation.data, federation.work, broadcast(federation, state, state.round)
+    held, trained = data.test_partition, sorted(state.clients)
+    fresh = np.setdiff1d(np.arange(data.num_clients), trained).tolist()
+    scores = Scores(*(torch.zeros(len(data.client_test), dtype=torch.float64) for _ in range(3)))
+    for clients in [*([fresh] if fresh else []), *([k] for k in trained)]:
+        rows = torch.from_numpy(np.concatenate([held.client(k) for k in clients]))
+        if len(rows):
+            own = kept.own(work.model, work.kept, state.clients.get(clients[0], {}))
+            whole = replace(model, params={**model.params, **own.params}, buffers={**model.buffers, **own.buffers})
+            found = cohorts.evaluate(whole, data.client_test.take(rows))
+            for name, column in vars(scores).items():
+                column[rows] = getattr(found, name)
+    return scores
 
 
 def evaluates(federation: Federation, round: int) -> bool:
@@ -194,6 +235,7 @@ def unevaluated(round: int, result: CohortUpdate) -> RoundRecord:
         bytes_down=result.bytes_down,
         cohort=result.clients,
         skipped=result.skipped,
+        epochs=result.metrics.get("epochs"),
     )
 
 

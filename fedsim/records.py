@@ -180,6 +180,7 @@ class RoundRecord:
 
     clients: number of clients that contributed; ``cohort`` are their ids, ascending.
     seconds: wall time of the round with its evaluation.
+    epochs: that clients trained before they stopped early, mean weighted by examples; None where they cannot.
     failed: on separate machines, why a client of the cohort contributed nothing: client -> reason.
     client_accuracy_*: mean, standard deviation and mean of the worst tenth, over clients with held-out examples.
     """
@@ -193,6 +194,7 @@ class RoundRecord:
     bytes_up: int
     bytes_down: int
     epsilon: float | None = None
+    epochs: float | None = None
     client_accuracy_mean: float | None = None
     client_accuracy_std: float | None = None
     client_accuracy_worst_tenth: float | None = None

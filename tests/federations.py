@@ -10,6 +10,7 @@ from fedsim import params as p
 from fedsim import rng
 from fedsim.data.federated import FederatedData
 from fedsim.federation import Federation, run, start
+from fedsim.models import batch_norm
 from fedsim.models.layers.dropouts import Dropout
 from fedsim.models.layers.keyed import key_names
 from fedsim.records import Examples, Partition
@@ -19,6 +20,7 @@ from fedsim.training import regularizers as r
 from fedsim.training.client import LocalWork
 from fedsim.training.local_rule import LocalRule
 from fedsim.training.optimizers import adam, sgd
+from fedsim.training.stopping import Stopping
 
 CLIENTS, ROUNDS, FEATURES, CLASSES = 24, 3, 5, 3
 
@@ -51,10 +53,16 @@ def penalised(model):
 
 def federation(case, dtype=torch.float32):
     """Clients of 1 to 13 examples in a random order of ids, or of 8 each."""
-    sizes = np.full(CLIENTS, 8) if case == "batch norm" else 1 + rng.permutation(9, CLIENTS).numpy() % 13
+    sizes = (
+        np.full(CLIENTS, 8)
+        if case in ("batch norm", "own batch norm")
+        else 1 + rng.permutation(9, CLIENTS).numpy() % 13
+    )
     if case == "unequal batch norm":
         sizes = 2 * sizes
-    middle = {"dropout": [Dropout(0.3)], "batch norm": [nn.BatchNorm1d(6)], "unequal batch norm": [nn.BatchNorm1d(6)]}
+    middle = {"dropout": [Dropout(0.3)], "stopping": [Dropout(0.3)]} | {
+        c: [nn.BatchNorm1d(6)] for c in CASES if "batch norm" in c
+    }
     with rng.torch_seeded(1):
         layers = [nn.Linear(FEATURES, 6), *middle.get(case, []), nn.ReLU(), nn.Linear(6, CLASSES)]
         model = nn.Sequential(*layers).to(dtype)
@@ -63,17 +71,26 @@ def federation(case, dtype=torch.float32):
     test = Examples(rng.normal(4, 30, FEATURES, dtype=dtype), (rng.uniform(5, 30) * CLASSES).long())
     owners = Partition(np.array([0, *np.cumsum(sizes)]), rng.permutation(7, n).numpy())
     nobody = Partition(np.zeros(CLIENTS + 1, dtype=np.int64), np.zeros(0, dtype=np.int64))
-    data = FederatedData(train, test, owners, nobody, test, CLASSES, ())
-    strategy = control() if case == "states" else fedavg(server_lr=0.9)
+    tested = Partition(np.arange(CLIENTS + 1), rng.permutation(9, 30).numpy()[:CLIENTS]) if "own" in case else nobody
+    data = FederatedData(train, test, owners, tested, test, CLASSES, ())
+    strategy = control() if case in ("states", "own batch norm", "stopping") else fedavg(server_lr=0.9)
     optimizer = {"momentum": sgd(lr=0.1, momentum=0.9, weight_decay=0.01), "adam": adam(lr=0.01)}.get(case, sgd(lr=0.1))
     batch = 4 if case != "unequal batch norm" else 26  # one batch of all: batch norm cannot take one example
     work = LocalWork(model, key_names(model), optimizer, strategy.local, 2, batch)
     if case == "penalties":
         work = replace(work, objective=penalised(model))
+    if case == "own batch norm":
+        work = replace(work, kept=batch_norm.tensors(model))
+    if case == "clipped":
+        work = replace(work, max_grad_norm=1.2)  # about the median of the norms
+    if case == "stopping":
+        work = replace(work, local_epochs=6, stopping=Stopping(patience=2, min_delta=0.01, validation=0.3))
     return Federation(5, data, work, strategy, ROUNDS, 17, "fixed", 2, "fail")
 
 
-CASES = ["plain", "dropout", "batch norm", "unequal batch norm", "momentum", "adam", "states", "penalties"]
+CASES = ["plain", "dropout", "batch norm", "unequal batch norm", "own batch norm", "momentum", "adam", "states"]
+CASES += ["penalties", "clipped"]
+PLAINLY = ["stopping"]  # trained by the plain loop, by every engine that can
 CHAINS = [case for case in CASES if "norm" not in case and case != "penalties"]
 
 

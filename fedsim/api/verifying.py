@@ -94,7 +94,7 @@ class _Comparison:
         now, flips = result.record, differences.one_flip(self.federation.data)
         self.last = now.round
         if now.round == 0:  # the initial model, which stands in summary.json
-            if self.initial:
+            if self.initial and not self._by_others:
                 recorded = replace(now, loss=self.initial["loss"], accuracy=self.initial["accuracy"])
                 self._add(differences.of_rounds(recorded, now, ("loss", "accuracy"), flips))
             return
@@ -110,9 +110,16 @@ class _Comparison:
         total, left_out = self.config.train.rounds, {"round", "seconds"}
         if round % self.federation.eval_every and round != total:
             left_out |= set(differences.HELD_OUT)
+        if self._by_others:
+            left_out |= set(differences.HELD_OUT)
         if not self.same_engine:
             left_out |= {*differences.SENT, *differences.BY_CLIENTS} if self.apart else set(differences.SENT)
         return [f.name for f in fields(RoundRecord) if f.name not in left_out]
+
+    @property
+    def _by_others(self) -> bool:
+        """Whether held-out loss and accuracy are of those clients that answered, on machines of their own."""
+        return self.apart and bool(self.federation.work.kept)
 
     def _add(self, found: list[Difference]) -> None:
         self.found += found

@@ -26,7 +26,9 @@ from fedsim.data.partition_files import from_lists
 from fedsim.engines.engine import Engine
 from fedsim.errors import ConfigError, DataError, FedsimError
 from fedsim.federation import Federation
+from fedsim.models import batch_norm
 from fedsim.models.drawing import Draws
+from fedsim.models.fixup import fixup, scalar_rates
 from fedsim.models.layers.dropouts import replace_dropout
 from fedsim.models.layers.keyed import key_names, progress_names
 from fedsim.models.zoo import check_model, check_single
@@ -36,7 +38,9 @@ from fedsim.training.client import LocalWork
 from fedsim.training.objective import PLAIN, Objective
 from fedsim.training.optimizers import Optimizer
 from fedsim.training.regularizers import Regularizer, in_order
+from fedsim.training.scaled import scaled
 from fedsim.training.schedules import Schedule
+from fedsim.training.stopping import Stopping
 
 T = TypeVar("T")
 Progress: TypeAlias = download.Progress
@@ -152,12 +156,28 @@ def _model(config: Config, shape: ModelShape, example: Tensor | None) -> _Made:
         made = make(config, "models", input_shape=shape.input_shape, num_classes=shape.num_classes)
     found = _of_type(nn.Module, made, "model", config.model, "a torch.nn.Module")
     with _blamed_on("model", config.model):
+        _initialised(config, found, rng.fold(key, "init"))
         keyed, seeded = replace_dropout(found), ""
+    if config.train.batch_norm == "freeze":
+        with _blamed_for_batch_norm("freeze"):
+            batch_norm.freeze(found)
     objective = _regularized(config, found, rng.fold(key, "regularizers"))
     with _blamed_on("model", config.model):
         if example is not None:
             seeded = check_model(found, shape.input_shape, shape.num_classes, example, name=name)
     return _Made(found, objective, Draws(keyed, seeded))
+
+
+def _initialised(config: Config, made: nn.Module, key: int) -> None:
+    """Change how the parameters start, and what there are of them, as the config says.
+
+    Raises:
+        ValueError: the model has no place for it.
+    """
+    component = config.model
+    if isinstance(component, components.ModelComponent) and component.init == "fixup":
+        with rng.torch_seeded(key):
+            fixup(made)
 
 
 def _regularized(config: Config, built: nn.Module, key: int) -> Objective:
@@ -210,10 +230,11 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
         raise ConfigError(f"train.clients_per_round: {rule}, got {cohort}")
     built, objective, draws = _model(config, shape_of(data), data.train.inputs[0])
     _check_last_batches(config, data, built)
+    pooled, kept = _batch_norms(config, data, built, strategy)
     work = LocalWork(
         model=built,
         key_names=key_names(built),
-        optimizer=optimizer,
+        optimizer=scaled(optimizer, scalar_rates(built)),
         rule=strategy.local,
         local_epochs=train.local_epochs,
         batch_size=None if train.batch_size == "all" else train.batch_size,
@@ -222,6 +243,9 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
         objective=objective,
         progress_names=progress_names(built),
         rounds=train.rounds,
+        kept=kept,
+        max_grad_norm=train.max_grad_norm,
+        stopping=_stopping(config),
     )
     made = Federation(
         seed=config.seed,
@@ -234,13 +258,52 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
         eval_every=train.eval_every,
         on_nan=train.on_nan,
         draws=draws,
+        pooled=pooled,
     )
     return made, engine
 
 
+def _batch_norms(
+    config: Config, data: FederatedData, built: nn.Module, strategy: Strategy
+) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """What the federation pools of batch norm, and what stays with clients.
+
+    Raises:
+        ConfigError: the policy cannot be followed with this model, strategy or data.
+    """
+    policy = config.train.batch_norm
+    with _blamed_for_batch_norm(policy):
+        if policy == "pooled":
+            if not strategy.aggregator.linear:
+                raise ValueError(f"needs a strategy that takes means, which {config.strategy.name} does not")
+            return batch_norm.statistics(built), ()
+        if policy == "local":
+            if not len(data.test_partition.indices):
+                raise ValueError(
+                    "needs clients with held-out examples: there is no model to test but each client's own"
+                )
+            return (), batch_norm.tensors(built)
+    return (), ()
+
+
+@contextmanager
+def _blamed_for_batch_norm(policy: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"train.batch_norm: {policy} {error}") from error
+
+
+def _stopping(config: Config) -> Stopping | None:
+    asked = config.train.early_stopping
+    return None if asked is None else Stopping(asked.patience, asked.min_delta, asked.validation)
+
+
 def _check_last_batches(config: Config, data: FederatedData, built: nn.Module) -> None:
     """Refuse a last batch of one example where the model cannot be trained on one; batch norm cannot."""
-    sizes, batch_size = data.partition.sizes(), config.train.batch_size
+    sizes, batch_size, stopping = data.partition.sizes(), config.train.batch_size, _stopping(config)
+    if stopping:
+        sizes = np.array([n - stopping.held_out(n) for n in sizes.tolist()])
     single = np.flatnonzero(_leaves_one(sizes, batch_size))
     if not len(single):
         return

@@ -166,7 +166,7 @@ class Regularizers(RootModel[list[Annotated[Component, Slot("regularizers")]]]):
 class ModelComponent(Component):
     """Keys that every model takes beside its own."""
 
-    init: Annotated[Literal["default"], Field(description="how parameters start")] = "default"
+    init: Annotated[Literal["default", "fixup"], Field(description="how parameters start")] = "default"
     regularizers: Regularizers = Regularizers([])
 
     @classmethod

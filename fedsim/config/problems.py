@@ -3,14 +3,14 @@
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from fedsim.config.components import FOREIGN_FORM, call, factory_of, is_foreign, keys_of, model_of
 from fedsim.config.read import as_yaml, at
-from fedsim.config.schema import Config, Data, Train, default_name
+from fedsim.config.schema import Config, Data, EarlyStopping, Train, default_name
 from fedsim.config.spelling import did_you_mean
 from fedsim.config.tables import KINDS, Kind
 
@@ -139,6 +139,7 @@ def _known(raw: Any, section: list[str], above: list[str]) -> list[str]:
     for part in section:
         fields = getattr(found, "model_fields", {})
         found = fields[part].annotation if part in fields else None
+        found = next((one for one in get_args(found) if hasattr(one, "model_fields")), found)  # of a section or null
     return list(getattr(found, "model_fields", {}))
 
 
@@ -149,7 +150,8 @@ def _everywhere(raw: Any) -> dict[str, str]:
         name = at(raw, [*path.split("."), "name"]) or default_name(path)
         if isinstance(name, str) and name in kind.table:
             found |= {key: f"{path}.{key}" for key in keys_of(name, kind)}
-    for section, model in (("data.", Data), ("train.", Train), ("", Config)):
+    sections = (("train.early_stopping.", EarlyStopping), ("data.", Data), ("train.", Train), ("", Config))
+    for section, model in sections:
         found |= {key: section + key for key in model.model_fields}
     return found
 

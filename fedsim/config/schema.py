@@ -68,6 +68,16 @@ class Data(Section):
     ] = None
 
 
+class EarlyStopping(Section):
+    """When a client stops its local training, and goes back to its best epoch."""
+
+    patience: Annotated[int, Field(ge=1, description="epochs without improvement")] = 1
+    min_delta: Annotated[float, Field(ge=0, description="the loss must fall by more to count as improved")] = 0.0
+    validation: Annotated[
+        float, Field(ge=0, lt=1, description="share of a client's examples held out to judge by; 0: its training loss")
+    ] = 0.1
+
+
 class Train(Section):
     """Rounds and what a client does in one."""
 
@@ -80,12 +90,20 @@ class Train(Section):
     batch_size: Annotated[CountOrAll, Field(description="all: one step per epoch")] = 16
     optimizer: Annotated[Component, Slot("optimizers")] = Field(default="sgd", validate_default=True)
     schedule: Annotated[Component, Slot("schedules")] = Field(default="constant", validate_default=True)
+    max_grad_norm: Annotated[
+        float | None, Field(gt=0, description="gradients are scaled to this norm where they are longer; null: never")
+    ] = None
+    early_stopping: EarlyStopping | None = None
     eval_every: Annotated[int, Field(ge=1)] = 1
     target_accuracy: Annotated[
         float | None,
         Field(gt=0, le=1, description="summary.json then says after how many rounds, interpolated; the run goes on"),
     ] = None
     on_nan: Annotated[Literal["fail", "skip"], Field(description="when a client's training diverges")] = "fail"
+    batch_norm: Annotated[
+        Literal["average", "pooled", "local", "freeze"],
+        Field(description="statistics averaged; variances pooled exactly; all kept by each client (FedBN); frozen"),
+    ] = "average"
 
 
 class Config(Section):
@@ -129,4 +147,6 @@ def cross_problems(get: Callable[[str], Any]) -> list[str]:
         problems.append(f"data.clients: needed, the split {split} does not know how many clients there are")
     if type(clients) is int and type(cohort) is int and 1 <= clients < cohort:
         problems.append(f"train.clients_per_round: must be <= data.clients ({clients}), got {cohort}")
+    if get("train.early_stopping") is not None and get("train.local_epochs") in (None, 1):
+        problems.append("train.early_stopping: needs train.local_epochs > 1, there is but one epoch to return")
     return problems

@@ -14,7 +14,8 @@ from fedsim.deploy import contents as c
 from fedsim.deploy import settings
 from fedsim.deploy.states import States
 from fedsim.engines.flower import messages as m
-from fedsim.records import Broadcast, ClientEvaluation, Examples
+from fedsim.records import Broadcast, ClientEvaluation, Examples, Params
+from fedsim.training import kept
 from fedsim.training.client import LocalWork, train_client
 from fedsim.training.evaluate import score
 
@@ -65,9 +66,11 @@ def client_app(of: Callable[[Context], Participant]) -> ClientApp:
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         who = of(context)
-        _refuse_other_settings(who, c.read_facts(message.content))
+        facts = c.read_facts(message.content)
+        _refuse_other_settings(who, facts)
         broadcast = m.read_train(message.content)[0]
-        return Message(c.with_scores(RecordDict(), _scores(who, broadcast, broadcast.round)), reply_to=message)
+        state = who.states.before(facts.run, broadcast.round + 1) or {}
+        return Message(c.with_scores(RecordDict(), _scores(who, broadcast, broadcast.round, state)), reply_to=message)
 
     @app.query("end")
     def end(message: Message, context: Context) -> Message:
@@ -95,8 +98,8 @@ def _train(who: Participant, content: RecordDict) -> RecordDict:
     broadcast, client, key = m.read_train(content)
     if client != who.client:
         raise ValueError(f"got a message for client {client}, being {who.client}")
-    scores = _scores(who, broadcast, broadcast.round - 1) if facts.evaluate else None
     state = who.states.before(facts.run, broadcast.round)
+    scores = _scores(who, broadcast, broadcast.round - 1, state or {}) if facts.evaluate else None
     if state is None:
         state = who.work.rule.init(broadcast.params)
     result = train_client(who.work, broadcast, client, who.train, state=state, key=key)
@@ -106,10 +109,13 @@ def _train(who: Participant, content: RecordDict) -> RecordDict:
     return c.with_scores(m.update_content(replace(result, state={})), scores)
 
 
-def _scores(who: Participant, broadcast: Broadcast, round: int) -> ClientEvaluation | None:
+def _scores(who: Participant, broadcast: Broadcast, round: int, state: Params) -> ClientEvaluation | None:
+    """The model that came, with what this client keeps, on its held-out examples."""
     if not len(who.test):
         return None
-    loss, accuracy = score(who.work.model, broadcast.params, broadcast.buffers, who.test).mean()
+    own = kept.own(who.work.model, who.work.kept, state)
+    params, buffers = {**broadcast.params, **own.params}, {**broadcast.buffers, **own.buffers}
+    loss, accuracy = score(who.work.model, params, buffers, who.test).mean()
     return ClientEvaluation(round, who.client, len(who.test), loss, accuracy)
 
 

@@ -86,12 +86,12 @@ def serve(
         asked = pending is not None and rounds.evaluates(federation, round - 1)
         replies = _train(federation, broadcast, nodes, members, rules, evaluate=asked)
         if pending is not None:
-            on_round(_with_clients(pending, replies.evaluations))
+            on_round(_with_clients(federation, pending, replies.evaluations))
         result = _aggregate(federation, broadcast, replies, members)
         state = rounds.step(federation, state, result, round)
         pending = _scored(federation, state, result, replies.failed, began)
     if pending is not None:
-        on_round(_with_clients(pending, _ask_all(federation, state, members, rules)))
+        on_round(_with_clients(federation, pending, _ask_all(federation, state, members, rules)))
     return state
 
 
@@ -187,17 +187,25 @@ def _aggregate(federation: Federation, broadcast: Broadcast, replies: Replies, m
 def _scored(
     federation: Federation, state: ServerState, result: CohortUpdate, failed: Mapping[int, str], began: float
 ) -> RoundResult:
-    """A round without what its clients say of its model: that comes later."""
+    """A round without what its clients say of its model: that comes later.
+
+    Where clients keep a part of the model, the server has none to test after the first round.
+    """
     record = replace(rounds.unevaluated(state.round, result), failed=failed)
-    if rounds.evaluates(federation, state.round):
+    if rounds.evaluates(federation, state.round) and not (federation.work.kept and state.round):
         loss, accuracy = score(federation.work.model, state.params, state.buffers, federation.data.test).mean()
         record = replace(record, loss=loss, accuracy=accuracy)
     return RoundResult(state, replace(record, seconds=time.perf_counter() - began), ())
 
 
-def _with_clients(result: RoundResult, evaluations: Sequence[ClientEvaluation]) -> RoundResult:
+def _with_clients(federation: Federation, result: RoundResult, evaluations: Sequence[ClientEvaluation]) -> RoundResult:
+    """The round with what clients say; where they keep a part of the model, its loss and accuracy are theirs, too."""
     accuracies = np.array([one.accuracy for one in evaluations], dtype=np.float64)
     record = rounds.with_spread(result.record, accuracies)
+    if federation.work.kept and evaluations:
+        weights = [one.num_examples for one in evaluations]
+        loss = float(np.average([one.loss for one in evaluations], weights=weights))
+        record = replace(record, loss=loss, accuracy=float(np.average(accuracies, weights=weights)))
     return replace(result, record=record, evaluations=tuple(sorted(evaluations, key=lambda one: one.client)))
 
 

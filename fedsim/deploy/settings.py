@@ -7,7 +7,16 @@ from typing import Any
 from fedsim.config import load as config_files
 from fedsim.config.schema import Config
 
-_TRAIN = ("rounds", "local_epochs", "batch_size", "optimizer", "schedule")
+_TRAIN = (
+    "rounds",
+    "local_epochs",
+    "batch_size",
+    "optimizer",
+    "schedule",
+    "batch_norm",
+    "max_grad_norm",
+    "early_stopping",
+)
 _DATA = ("dataset", "clients", "split", "test_fraction", "seed")
 
 Settings = dict[str, Any]  # dotted key -> plain value

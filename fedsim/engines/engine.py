@@ -21,6 +21,7 @@ class Job:
     """All an engine needs to train any cohort of one federation.
 
     cohort: clients of a round, or their expectation. rounds: of the whole run.
+    pooled: names of running means and variances, in pairs, of which the variances are pooled.
     """
 
     work: LocalWork
@@ -29,6 +30,7 @@ class Job:
     on_nan: OnNan
     cohort: int
     rounds: int
+    pooled: tuple[tuple[str, str], ...] = ()
 
 
 class Cohorts(Protocol):

@@ -86,7 +86,7 @@ def fold(job: Job, broadcast: Broadcast, results: Iterable[StackedUpdate]) -> Pa
     aggregate = job.strategy.aggregator
     part = Part(aggregate.start(), aggregate.start(), (), (), {}, {}, 0)
     for result in results:
-        moved = _moved(result.buffers, broadcast.buffers)
+        moved = _spread(job, _moved(result.buffers, broadcast.buffers))
         wrong = _not_finite(result, moved)
         if wrong and job.on_nan == "fail":
             lane, what = min(wrong.items())
@@ -101,7 +101,8 @@ def join(job: Job, broadcast: Broadcast, parts: Iterable[Part], *, bytes_down: i
     Returns:
         The cohort's update. Metrics are means weighted by examples. Floating-point buffers move by the mean of the
         clients' moves; integer buffers (batch-norm counters) keep the broadcast's value, since the mean of a count
-        means nothing.
+        means nothing. Of ``job.pooled`` variances come out as of all clients' examples together:
+        ``sum_k p_k (var_k + mu_k^2) - mu^2`` with the clients' shares p_k and the mean mu of their means.
     """
     aggregate = job.strategy.aggregator
     whole = Part(aggregate.start(), aggregate.start(), (), (), {}, {}, 0)
@@ -119,7 +120,7 @@ def join(job: Job, broadcast: Broadcast, parts: Iterable[Part], *, bytes_down: i
     examples = sum(count for _, count in done)
     return CohortUpdate(
         update=aggregate.finish(whole.updates),
-        buffers=_advanced(broadcast.buffers, aggregate.finish(whole.buffers)),
+        buffers=_advanced(broadcast.buffers, _pooled(job, broadcast, aggregate.finish(whole.buffers))),
         clients=tuple(client for client, _ in done),
         num_examples=tuple(count for _, count in done),
         skipped=tuple(sorted(whole.skipped)),
@@ -193,6 +194,23 @@ def _moved(buffers: Params, before: Params) -> Params:
     """How far each floating-point buffer has moved; exactly 0 for one that has not, even if it holds an infinity."""
     floating = {name: b for name, b in buffers.items() if b.is_floating_point()}
     return {name: _difference(b, before[name]) for name, b in floating.items()}
+
+
+def _spread(job: Job, moved: Params) -> Params:
+    """The moves of pooled variances with the squared moves of their means added, so that their mean can be pooled."""
+    return {**moved, **{var: moved[var] + moved[mean].square() for mean, var in job.pooled}}
+
+
+def _pooled(job: Job, broadcast: Broadcast, moved: Params | None) -> Params | None:
+    """Mean moves, with those of pooled variances corrected.
+
+    What was averaged is ``var_k + (mu_k - c)^2``, of which ``(mu - c)^2`` is taken off: the same for any c, but with
+    the broadcast's mean for c no large squares cancel. Rounding may not make a variance negative.
+    """
+    if moved is None:
+        return None
+    variances = {var: moved[var] - moved[mean].square() for mean, var in job.pooled}
+    return {**moved, **{var: torch.maximum(move, -broadcast.buffers[var]) for var, move in variances.items()}}
 
 
 def _difference(after: Tensor, before: Tensor) -> Tensor:

@@ -16,10 +16,13 @@ from fedsim import params as p
 from fedsim import rng
 from fedsim.models.layers.keyed import step_keys
 from fedsim.records import Broadcast, ClientUpdate, Examples, Params
+from fedsim.training import kept
+from fedsim.training.clipping import clipped
 from fedsim.training.local_rule import LocalRule
 from fedsim.training.objective import PLAIN, Objective, Start, penalised, watched
 from fedsim.training.optimizers import Optimizer
 from fedsim.training.schedules import Schedule, unchanged
+from fedsim.training.stopping import Reached, Stopping, after_epoch, parted
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,9 @@ class LocalWork:
     progress_names, rounds: names of the buffers of ramped layers that are told round / rounds.
     seeded: the model draws from torch's global generator, so each client is trained by itself, within
         ``rng.torch_seeded`` of its key.
+    kept: names of parameters and buffers that stay with each client; the model holds their first values.
+    max_grad_norm: longest gradient that the optimizer is given, > 0; None: any.
+    stopping: when a client stops before its last epoch, and goes back to its best one; None: never.
     """
 
     model: nn.Module
@@ -49,6 +55,9 @@ class LocalWork:
     objective: Objective = PLAIN
     progress_names: tuple[str, ...] = ()
     rounds: int = 1
+    kept: tuple[str, ...] = ()
+    max_grad_norm: float | None = None
+    stopping: Stopping | None = None
 
 
 def batches(n: int, batch_size: int | None, local_epochs: int, key: int) -> Iterator[Tensor]:
@@ -147,48 +156,73 @@ def gradient(
     return dict(zip(leaves, grads, strict=True)), loss.detach()
 
 
+def corrected(work: LocalWork, grads: Params, local: Params, broadcast: Broadcast, state: Params) -> Params:
+    """What the optimizer is given: what the strategy makes of the gradients, clipped. Those of tensors that stay with
+    the client are none of the strategy's business.
+
+    state: of the rule alone.
+    """
+    sent, held = (kept.shared(tensors, work.kept) for tensors in (grads, local))
+    return clipped({**grads, **work.rule.correct(sent, held, broadcast, state)}, work.max_grad_norm)
+
+
 def train_client(
     work: LocalWork, broadcast: Broadcast, client: int, data: Examples, *, state: Params, key: int
 ) -> ClientUpdate:
     """Train from the global parameters on one client's data.
 
-    ``w <- optimizer(w, rule.correct(grad objective(w; batch)))`` for every batch of every local epoch, from a fresh
-    optimizer state, with the step size that the schedule gives this round.
+    ``w <- optimizer(w, clip(rule.correct(grad objective(w; batch))))`` for every batch of every local epoch, from a
+    fresh optimizer state, with the step size that the schedule gives this round.
 
     Args:
         work: what to do, the same for all clients.
         broadcast: from the server. Not changed.
         client: id, for the result.
         data: the client's examples, at least one.
-        state: the rule's state of this client. Not changed.
+        state: of this client: the rule's, and its own tensors. Not changed.
         key: of this client in this round; all its draws come from below it.
 
     Returns:
-        ``update`` = local - global, the client's own buffers, and ``train_loss``: mean loss over all examples of all
-        epochs, each taken just before the step that used it.
+        ``update`` = local - global, the client's buffers, its next state, and ``train_loss``: mean loss over all
+        examples of all epochs, each taken just before the step that used it. With ``work.stopping`` they are what the
+        best epoch had reached; ``train_loss`` is still of all epochs, ``epochs`` tells how many they were, and
+        ``num_examples`` counts those held out, too.
 
     Source: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data",
         algorithm 1, ClientUpdate. Differs: none for plain SGD and the plain rule.
     """
     with rng.torch_seeded(key) if work.seeded else nullcontext():
         work.model.train()
-        local, buffers = broadcast.params, {name: b.clone() for name, b in broadcast.buffers.items()}
+        own, state = kept.own(work.model, work.kept, state), kept.rule_state(state)
+        local = {**broadcast.params, **own.params}
+        buffers = {name: b.clone() for name, b in {**broadcast.buffers, **own.buffers}.items()}
         optimizer_state = work.optimizer.init(local)
         factor = work.schedule(broadcast.round)
-        start = Start(broadcast.params, len(data))
+        best, (trained, judged) = None, parted(work.stopping, data, client)
+        start = Start(broadcast.params, len(trained))
         loss_sum, seen, steps = torch.zeros((), dtype=torch.float64), 0, 0
-        for indices in batches(len(data), work.batch_size, work.local_epochs, key):
+        for indices in batches(len(trained), work.batch_size, work.local_epochs, key):
             layer_keys = layer_inputs(work, rng.fold(key, "step", steps), broadcast.round)
-            grads, loss = gradient(work, local, buffers, data.take(indices), layer_keys, start=start)
-            grads = work.rule.correct(grads, local, broadcast, state)
+            grads, loss = gradient(work, local, buffers, trained.take(indices), layer_keys, start=start)
+            grads = corrected(work, grads, local, broadcast, state)
             local, optimizer_state = work.optimizer.step(local, grads, optimizer_state, steps + 1, factor)
             loss_sum += loss.double() * len(indices)
             seen, steps = seen + len(indices), steps + 1
+            if work.stopping is not None and seen % len(trained) == 0:
+                reached = Reached(local, buffers, seen // len(trained), steps)
+                best = after_epoch(work.stopping, best, work.model, reached, judged)
+                if best.since == work.stopping.patience:
+                    break
+        metrics = {"train_loss": float(loss_sum) / seen}
+        if best is not None:
+            metrics["epochs"] = seen / len(trained)
+            local, buffers, _, steps = best.reached
+        held = kept.shared(local, work.kept)
         return ClientUpdate(
             client=client,
-            update=p.sub(local, broadcast.params),
-            buffers=buffers,
+            update=p.sub(held, broadcast.params),
+            buffers=kept.shared(buffers, work.kept),
             num_examples=len(data),
-            metrics={"train_loss": float(loss_sum) / seen},
-            state=work.rule.finish(local, broadcast, state, steps),
+            metrics=metrics,
+            state=work.rule.finish(held, broadcast, state, steps) | kept.as_state(local | buffers, work.kept),
         )

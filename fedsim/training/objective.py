@@ -12,7 +12,10 @@ from fedsim.training.losses import cross_entropy
 
 
 class Start(NamedTuple):
-    """What a client starts a round with: the global parameters, and how many examples it has, >= 1."""
+    """What a client starts a round with: the global parameters, and how many examples it has, >= 1.
+
+    Parameters that stay with the client are not among them.
+    """
 
     params: Params
     num_examples: Tensor | int

@@ -29,8 +29,8 @@ def l2(local: Params, start: Start, *, strength: float) -> Tensor:
 
 
 def proximal(local: Params, start: Start, *, mu: float) -> Tensor:
-    """``mu / 2 * ||w - start||^2`` over all parameters."""
-    return mu / 2 * _sum((w - start.params[name]).square().sum() for name, w in local.items())
+    """``mu / 2 * ||w - start||^2`` over all parameters that the client was sent."""
+    return mu / 2 * _sum((local[name] - sent).square().sum() for name, sent in start.params.items())
 
 
 def group_lasso(local: Params, start: Start, *, strength: float) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fedsim import params as p
 from fedsim import rng
 from fedsim.records import IGNORED, Broadcast, Examples, Params
+from fedsim.training import kept
 from fedsim.training.client import LocalWork
 from fedsim.training.local_rule import no_state, same_state
 from fedsim.training.steps import Lanes, Now, Step, copies
@@ -22,7 +23,7 @@ class Group:
     table: their steps, with positions in the pool in the place of positions among their own examples.
     step_keys: int64 (clients,): parents of the keys of single steps.
     sizes: examples of each, >= 1, descending.
-    states: of the strategy's local rule, one dict a client.
+    states: one dict a client: of the strategy's local rule, and the client's own tensors.
     """
 
     table: Timetable
@@ -44,7 +45,7 @@ def group_of(work: LocalWork, rows: Tensor, sizes: tuple[int, ...], keys: Tensor
         rows: int64 (clients, longest): where each one's examples lie in the pool; padded with any index.
         sizes: examples of each, >= 1, descending.
         keys: of each client in this round, int64 (clients,).
-        states: of the strategy's local rule.
+        states: of each, as in a group.
     """
     table = timetable(sizes, work.batch_size, work.local_epochs, keys)
     absent = table.positions < 0
@@ -83,9 +84,11 @@ def train_stacked(work: LocalWork, step: Step, broadcast: Broadcast, pool: Examp
     if not work.model.training:
         work.model.train()
     clients = len(group.sizes)
-    local = step.copies(broadcast.params, clients)
-    states = p.stack(group.states) if group.states[0] else {}
-    lanes = Lanes(local, copies(broadcast.buffers, clients), work.optimizer.init(local), states)
+    own = [kept.own(work.model, work.kept, state) for state in group.states]
+    local = step.copies(broadcast.params, clients) | p.stack([one.params for one in own])
+    buffers = copies(broadcast.buffers, clients) | p.stack([one.buffers for one in own])
+    states = p.stack([kept.rule_state(state) for state in group.states])
+    lanes = Lanes(local, buffers, work.optimizer.init(local), states)
     table, active, means = group.table, lanes, list[Tensor]()
     sizes = torch.tensor(group.sizes, device=group.step_keys.device)
     for t, n in enumerate(table.active):
@@ -93,10 +96,9 @@ def train_stacked(work: LocalWork, step: Step, broadcast: Broadcast, pool: Examp
             active = lanes.first(n)
         keys = rng.fold_tensor(group.step_keys[:n], t) if work.key_names else group.step_keys[:n]
         means.append(step.take(active, Now(_batch(pool, table, t), keys, t + 1, broadcast, sizes[:n])))
-    states = _finished(work, lanes, broadcast, group)
-    for name, tensor in lanes.local.items():
-        tensor.sub_(broadcast.params[name])
-    return Trained(lanes.local, lanes.buffers, _mean_losses(work, means, group), states)
+    states = _finished(work, lanes, broadcast, group) | kept.as_state(local | buffers, work.kept)
+    update = {name: local[name].sub_(sent) for name, sent in broadcast.params.items()}
+    return Trained(update, kept.shared(buffers, work.kept), _mean_losses(work, means, group), states)
 
 
 def _batch(pool: Examples, table: Timetable, t: int) -> Examples:
@@ -122,12 +124,13 @@ def _mean_losses(work: LocalWork, means: Sequence[Tensor], group: Group) -> tupl
 
 
 def _finished(work: LocalWork, lanes: Lanes, broadcast: Broadcast, group: Group) -> Params:
-    """States after training, stacked; {} where clients keep none."""
+    """States of the rule after training, stacked; {} where clients keep none."""
     if work.rule.init is no_state and work.rule.finish is same_state:
         return {}
     finished = []
+    held = kept.shared(lanes.local, work.kept)
     for lane, size in enumerate(group.sizes):
-        local, state = p.lanes(lanes.local, lane), p.lanes(lanes.states, lane)
+        local, state = p.lanes(held, lane), p.lanes(lanes.states, lane)
         finished.append(work.rule.finish(local, broadcast, state, _num_steps(work, size)))
     return p.stack(finished) if finished[0] else {}
 

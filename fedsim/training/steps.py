@@ -16,7 +16,7 @@ from torch.func import grad_and_value, vmap
 from fedsim import params as p
 from fedsim.records import Broadcast, Examples, Params
 from fedsim.training.chain import Chain, chain_of
-from fedsim.training.client import LocalWork, gradient, layer_inputs, objective_at
+from fedsim.training.client import LocalWork, corrected, gradient, layer_inputs, objective_at
 from fedsim.training.local_rule import same_grads
 from fedsim.training.objective import Start
 from fedsim.training.optimizers import OptimizerState
@@ -83,6 +83,8 @@ def step_of(work: LocalWork, path: Path, *, compiled: bool = False) -> Step:
     Raises:
         ValueError: the path cannot take this model.
     """
+    if work.stopping is not None and (path != "sequential" or compiled):
+        raise ValueError(f"clients that stop early train in the plain loop, not {'compiled' if compiled else path}")
     if compiled and path != "fused":
         return Step(copies, partial(_by_gradient, work, torch.compile(partial(_mapped, work))))
     match path:
@@ -95,7 +97,9 @@ def step_of(work: LocalWork, path: Path, *, compiled: bool = False) -> Step:
         raise ValueError("the model is not a chain of layers that can be fused")
     if not work.objective.plain:
         raise ValueError("fused steps minimise the plain cross-entropy only")
-    if work.optimizer.folded is not None and work.rule.correct is same_grads:
+    if work.kept:
+        raise ValueError("fused steps start all clients from the same parameters")
+    if work.optimizer.folded is not None and not _changes_gradients(work):
         return Step(chain.stacked, partial(_folded, work, chain))
     return Step(chain.stacked, partial(_by_gradient, work, partial(_chained, chain)))
 
@@ -115,18 +119,23 @@ def _folded(work: LocalWork, chain: Chain, lanes: Lanes, now: Now) -> Tensor:
     return chain.step_(lanes.local, batch.inputs, batch.labels, now.inputs(work), lr=lr, weight_decay=decay)
 
 
+def _changes_gradients(work: LocalWork) -> bool:
+    """Whether anything comes between gradients and optimizer."""
+    return work.rule.correct is not same_grads or work.max_grad_norm is not None
+
+
 def _corrected(work: LocalWork, grads: Params, lanes: Lanes, broadcast: Broadcast) -> Params:
-    """What the strategy makes of the gradients of each client."""
-    if work.rule.correct is same_grads:
+    """What the optimizer is given for each client."""
+    if not _changes_gradients(work):
         return grads
 
     def one(grads: Params, local: Params, state: Params) -> Params:
-        return work.rule.correct(grads, local, broadcast, state)
+        return corrected(work, grads, local, broadcast, state)
 
     if next(iter(grads.values())).shape[0] == 1:
         return p.as_stack(one(p.lanes(grads, 0), p.lanes(lanes.local, 0), p.lanes(lanes.states, 0)))
-    corrected: Params = vmap(one)(grads, lanes.local, lanes.states)
-    return corrected
+    mapped: Params = vmap(one)(grads, lanes.local, lanes.states)
+    return mapped
 
 
 def _alone(

@@ -11,6 +11,7 @@ import fedsim
 from fedsim.config import build
 from fedsim.config.load import load
 from fedsim.errors import ConfigError, DataError
+from fedsim.training.stopping import Stopping
 
 FOREIGN = """
 import numpy as np, torch
@@ -309,3 +310,20 @@ def test_building_does_not_touch_torchs_generator(valid):
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = build.federation(load(valid, {"seed": 4}))[0].work.model.state_dict()
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_clipping_and_early_stopping_are_handed_to_the_clients(valid):
+    work = build.federation(load(valid))[0].work
+    assert work.max_grad_norm is None and work.stopping is None
+    changes = {"train.local_epochs": 3, "train.max_grad_norm": 2, "train.early_stopping": {"patience": 4}}
+    work = build.federation(load(valid, changes | {"train.early_stopping.min_delta": 0.5}))[0].work
+    assert work.max_grad_norm == 2.0 and work.stopping == Stopping(4, 0.5, 0.1)
+
+
+def test_last_batches_are_counted_without_what_is_held_out(made):
+    """18 examples make batches of 16 and 2; of 17 that are left when a tenth is held out, the last has one."""
+    more = {"data__clients": None, "train__clients_per_round": 1, "train__batch_size": 16, "train__local_epochs": 2}
+    model = {"data.split.name": "sized", "model": "Norm"}
+    made(model, **more, data__split__sizes=[18, 2])
+    with pytest.raises(ConfigError, match=r"train.batch_size: 16 leaves client 0 a last batch of one example"):
+        made(model, **more, data__split__sizes=[18, 2], train__early_stopping={"validation": 0.1})

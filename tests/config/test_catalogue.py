@@ -31,6 +31,7 @@ def test_keys_are_listed_with_type_range_and_default():
     assert models["mlp"] == (
         ("hidden", "list of int", "default [64, 64]"),
         ("dropout", "float >= 0 < 1", "default 0.0"),
+        ("norm", "none | batch | group | layer", "default none"),
     )
     assert ("norm", "none | batch | group | layer", "default none") in models["cnn"]
     assert [key for key, *_ in common_keys("models")] == ["init", "regularizers"]

@@ -106,7 +106,7 @@ class Open(nn.Module):
         ({"name": "Typed", "width": 3, "widht": 3}, ["model.widht: unknown key (did you mean width?)"]),
         ({"name": "Typed", "width": 3, "input_shape": 3}, ["model.input_shape: unknown key (did you mean shape?)"]),
         ({"name": "Typed", "width": 3, "shape": [4]}, ["model.shape.1: needed, but not given"]),
-        ({"name": "Typed", "width": 3, "init": "x"}, ["model.init: must be 'default', got 'x'"]),
+        ({"name": "Typed", "width": 3, "init": "x"}, ["model.init: must be 'default' or 'fixup', got 'x'"]),
         ({"name": "Net", "width": "unchecked", "shape": 5}, []),  # one annotation that cannot be read frees them all
         ({"name": "Open", "anything": [1, {"x": None}], "params": 3, "copy": 4}, []),
         ({"name": "Open", "x": object()}, ["model.x: must be a number, text, true, false, null, a list or a"]),

@@ -29,7 +29,8 @@ def test_a_resolved_config_says_all_there_is_to_say(valid):
         "name": "sgd", "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False
     }  # fmt: skip
     assert full["train"]["schedule"] == {"name": "constant", "warmup": 0}
-    assert full["model"] == {"name": "mlp", "init": "default", "regularizers": [], "hidden": [8], "dropout": 0.0}
+    keys = {"hidden": [8], "dropout": 0.0, "norm": "none"}
+    assert full["model"] == {"name": "mlp", "init": "default", "regularizers": [], **keys}
     assert set(full) == {
         "name", "seed", "data", "model", "train", "strategy", "pruning", "transforms", "transfer", "engine", "output"
     }  # fmt: skip

@@ -58,7 +58,7 @@ WRONG = [
     ("model.hidden", [8, "a"], "hidden.1: must be a whole number, got 'a'"),
     ("model.hidden", [0], "hidden.0: must be > 0, got 0"),
     ("model.hidden", 8, "must be a list, got 8"),
-    ("model.init", "fixup", "must be 'default', got 'fixup'"),
+    ("model.init", "x", "must be 'default' or 'fixup', got 'x'"),
     ("model.regularizers", [1], "must be a name, or a section with a name and its parameters, got 1"),
     ("train", None, "must be a section of keys and values, got null"),
     ("train.rounds", None, "must be a whole number, got null"),
@@ -144,3 +144,19 @@ def test_a_component_without_a_name_is_answered_with_those_there_are():
 def test_a_key_that_is_called_like_its_component_does_not_confuse_the_path(problems):
     lines = problems({"data.split": {"name": "iid", "iid": 3, "min_examples": -1}})
     assert [line.split(":")[0] for line in lines] == ["data.split.min_examples", "data.split.iid"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("max_grad_norm", 0, "max_grad_norm: must be > 0, got 0"),
+        ("early_stopping", 3, "early_stopping: must be a section of keys and values, got 3"),
+        ("early_stopping.patience", 0, "early_stopping.patience: must be >= 1, got 0"),
+        ("early_stopping.min_delta", -0.1, "early_stopping.min_delta: must be >= 0, got -0.1"),
+        ("early_stopping.validation", 1.0, "early_stopping.validation: must be < 1, got 1.0"),
+        ("early_stopping.wait", 1, "early_stopping.wait: unknown key; known: patience, min_delta, validation"),
+        ("patience", 1, "patience: unknown key (did you mean train.early_stopping.patience?)"),
+    ],
+)
+def test_how_a_client_trains_may_be_wrong(problems, key, value, line):
+    assert problems({"train.local_epochs": 3, f"train.{key}": value}) == [f"train.{line}"]

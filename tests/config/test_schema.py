@@ -36,3 +36,12 @@ def test_some_components_have_a_default(path, name):
 def test_rules_between_keys(clients, cohort, split, found):
     values = {"data": {}, "data.clients": clients, "train.clients_per_round": cohort, "data.split.name": split}
     assert cross_problems(values.get) == found
+
+
+@pytest.mark.parametrize(
+    ("epochs", "stopping", "count"), [(1, {}, 1), (None, {"patience": 2}, 1), (2, {}, 0), (1, None, 0), (None, None, 0)]
+)
+def test_early_stopping_needs_more_than_one_epoch(epochs, stopping, count):
+    values = {"train.local_epochs": epochs, "train.early_stopping": stopping}
+    line = "train.early_stopping: needs train.local_epochs > 1, there is but one epoch to return"
+    assert cross_problems(values.get) == [line] * count

@@ -13,6 +13,7 @@ import slow_network
 from deployment import Deployment, wait
 
 import fedsim
+from fedsim import params as p
 from fedsim import runs
 from fedsim.deploy import authority
 
@@ -71,6 +72,26 @@ def test_three_clients_and_a_server_give_the_numbers_of_reference(deploy):
     expected = [(e.round, e.client, e.num_examples, e.accuracy) for e in found.clients]
     assert [(e["round"], e["client"], e["num_examples"], e["accuracy"]) for e in clients] == expected
     assert "joined as client 1" in one.said("client-1") and "Traceback" not in one.told()
+
+
+def test_clients_keep_their_batch_norm_and_the_loss_is_that_of_their_own_models(deploy):
+    one = deploy(rounds=3)
+    config = one.folder / "config.yaml"
+    text = config.read_text().replace("hidden: [16]", "hidden: [16], norm: batch")
+    config.write_text(text.replace("batch_size: 32", "batch_size: 32, batch_norm: local"))
+    one.server()
+    for k in range(3):
+        one.client(k)
+    assert one.ends("server") == 0, one.told()
+    found = fedsim.run(config, {"engine": "reference", "output": str(one.folder / "reference")})
+    for line, record in zip(one.lines(), found.rounds, strict=True):
+        assert (line["train_loss"], line["cohort"]) == (record.train_loss, list(record.cohort))
+        assert line["loss"] == pytest.approx(record.loss, rel=1e-6)
+        assert line["accuracy"] == pytest.approx(record.accuracy)
+    ours, theirs = (runs.load_checkpoint(folder) for folder in (one.run(), found.folder))
+    assert not ours.clients and set(theirs.clients) == {0, 1, 2}
+    assert p.same_bits(ours.params, theirs.params) and p.same_bits(ours.buffers, theirs.buffers)
+    assert fedsim.verify(one.run(), "all").status == "equal"
 
 
 def test_the_supported_way_gives_the_same_numbers(deploy):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from federations import CASES, CLIENTS, federation, result, tensors
+from federations import CASES, CLIENTS, PLAINLY, federation, result, tensors
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
@@ -19,7 +19,8 @@ from fedsim.engines.flower.grid import InProcessGrid
 from fedsim.engines.flower.process import quiet_log, task_identity
 from fedsim.engines.reference import reference
 from fedsim.errors import RunError
-from fedsim.federation import start
+from fedsim.federation import run, start
+from fedsim.records import Partition
 
 RUN = "0123456789abcdef" * 2
 RULES = serving.Rules(clients=1, min_clients=1, wait_s=0.5, round_timeout_s=5, max_norm_ratio=30)
@@ -75,14 +76,12 @@ def served(made, members, rules=RULES, state=None):
 
 def with_test_parts(made):
     """Test examples dealt out to the first clients; the last has none."""
-    from fedsim.records import Partition
-
     held = np.arange(30)
     offsets = np.minimum(np.arange(CLIENTS + 1) * 2, 30)
     return replace(made, data=replace(made.data, test_partition=Partition(offsets, held)))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *PLAINLY])
 def test_numbers_are_those_of_reference(case, tmp_path):
     made = with_test_parts(federation(case))
     final, records, _ = result(made, reference())
@@ -93,7 +92,8 @@ def test_numbers_are_those_of_reference(case, tmp_path):
     assert len(lines) == len(records)
     for line, record in zip(lines, records, strict=True):
         ours = line.record
-        for field in ("round", "loss", "accuracy", "train_loss", "clients", "cohort", "skipped", "failed"):
+        held_out = () if made.work.kept else ("loss", "accuracy")  # then of those who answered
+        for field in (*held_out, "round", "train_loss", "clients", "cohort", "skipped", "failed"):
             assert getattr(ours, field) == getattr(record, field), field
         assert record.bytes_up <= ours.bytes_up and record.bytes_down <= ours.bytes_down
 
@@ -101,8 +101,6 @@ def test_numbers_are_those_of_reference(case, tmp_path):
 def test_clients_say_how_the_model_does_and_the_round_is_recorded_with_it(tmp_path):
     made = replace(with_test_parts(federation("plain")), eval_every=1, clients_per_round=CLIENTS)
     expected = []
-    from fedsim.federation import run
-
     run(made, start(made), reference(), expected.append)
     with members_of(made, tmp_path) as members:
         _, lines = served(made, members)
@@ -112,6 +110,27 @@ def test_clients_say_how_the_model_does_and_the_round_is_recorded_with_it(tmp_pa
             assert (a.round, a.client, a.num_examples, a.accuracy) == (b.round, b.client, b.num_examples, b.accuracy)
             assert a.loss == pytest.approx(b.loss, rel=1e-6)  # another number of rows in one product
         assert ours.record.client_accuracy_std == pytest.approx(theirs.record.client_accuracy_std)
+
+
+def test_where_clients_keep_batch_norm_the_loss_is_that_of_their_own_models(tmp_path):
+    """Everybody is asked and has test examples here, so they are the simulation's; after a resume, too."""
+    made = replace(federation("own batch norm"), eval_every=1, clients_per_round=CLIENTS)
+    lost = made.data.test_partition.indices
+    held = np.concatenate([lost, np.setdiff1d(np.arange(30), lost)])  # those of nobody go to the last client
+    own = Partition(np.array([*range(CLIENTS), 30]), held)
+    made = replace(made, data=replace(made.data, test_partition=own))
+    expected = []
+    run(made, start(made), reference(), expected.append)
+    with members_of(made, tmp_path) as members:
+        _, lines = served(made, members)
+        _, again = served(made, members, state=lines[1].state)
+    for ours, theirs in zip([*lines, *again], [*expected, *expected[2:]], strict=True):
+        assert ours.record.accuracy == pytest.approx(theirs.record.accuracy)
+        assert ours.record.loss == pytest.approx(theirs.record.loss, rel=1e-6)
+        assert [one.client for one in ours.evaluations] == (list(range(CLIENTS)) if ours.state.round else [])
+        for a, b in zip(ours.evaluations, theirs.evaluations, strict=ours.state.round > 0):
+            assert (a.client, a.num_examples, a.accuracy) == (b.client, b.num_examples, b.accuracy)
+            assert a.loss == pytest.approx(b.loss, rel=1e-5)
 
 
 def test_only_the_cohort_of_the_next_round_is_asked_and_everybody_at_the_end(tmp_path):

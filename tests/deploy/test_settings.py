@@ -30,6 +30,7 @@ def test_only_what_changes_a_clients_work_is_shared():
         ("seed", 4, "seed is 4 here, 3 at the server"),
         ("data.split", {"name": "dirichlet", "alpha": 0.3}, "data.split.alpha is 0.3 here, not set at the server"),
         ("model.hidden", [8, 8], "model.hidden is [8, 8] here, [8] at the server"),
+        ("train.batch_norm", "local", 'train.batch_norm is "local" here, "average" at the server'),
         ("strategy.server_lr", 0.5, "strategy.server_lr is 0.5 here, 1.0 at the server"),
     ],
 )

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from federations import CASES, CHAINS, federation, result, tensors
+from federations import CASES, CHAINS, PLAINLY, federation, result, tensors
 
 from fedsim import params as p
 from fedsim.engines.flower import flower
@@ -44,13 +44,13 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *PLAINLY])
 def test_sequential_is_the_plain_loop_bit_for_bit(case):
     made = federation(case)
     assert_same(result(made, local(mode="sequential", workers=1)), result(made, reference()))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *PLAINLY])
 def test_flower_is_the_plain_loop_bit_for_bit(case):
     made = federation(case)
     found, expected = result(made, flower()), result(made, reference())
@@ -80,8 +80,13 @@ def test_again_gives_the_same_bits_whatever_ran_before(mode, chunk):
     assert_same(result(made, engine), first)
 
 
-@pytest.mark.parametrize("mode", ["sequential", "vectorised", "fused"])
-@pytest.mark.parametrize("case", ["plain", "states"])
+@pytest.mark.parametrize(
+    ("mode", "case"),
+    [
+        *((mode, case) for mode in ("sequential", "vectorised", "fused") for case in ("plain", "states")),
+        *((mode, "own batch norm") for mode in ("sequential", "vectorised")),
+    ],
+)
 def test_resuming_gives_the_same_bits(mode, case):
     made = federation(case)
     engine = local(mode=mode, workers=1).prepared(job(made), {"path": mode, "chunk": 1 if mode == "sequential" else 4})
@@ -114,7 +119,14 @@ def test_the_order_of_a_cohort_does_not_matter(mode):
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize(
     ("mode", "case"),
-    [("sequential", "states"), ("sequential", "unequal batch norm"), ("vectorised", "dropout"), ("fused", "plain")],
+    [
+        ("sequential", "states"),
+        ("sequential", "unequal batch norm"),
+        ("sequential", "stopping"),
+        ("vectorised", "own batch norm"),
+        ("vectorised", "dropout"),
+        ("fused", "plain"),
+    ],
 )
 def test_workers_change_no_bit(mode, case, workers):
     made = federation(case)
@@ -125,7 +137,8 @@ def test_workers_change_no_bit(mode, case, workers):
 
 def test_the_cases_differ_and_training_moves():
     """What the tests above compare is not the same for all cases, nor still at its start."""
-    finals = {case: result(federation(case), reference())[0].params["0.weight"] for case in CASES}
+    cases = [*CASES, *PLAINLY]
+    finals = {case: result(federation(case), reference())[0].params["0.weight"] for case in cases}
     for case, weight in finals.items():
         assert not torch.equal(weight, start(federation(case)).params["0.weight"]), case
-    assert len({tuple(weight.flatten().tolist()) for weight in finals.values()}) == len(CASES)
+    assert len({tuple(weight.flatten().tolist()) for weight in finals.values()}) == len(cases)

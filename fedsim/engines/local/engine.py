@@ -70,6 +70,8 @@ class Local:
             raise ValueError("device: torch finds no cuda here")
         if job.work.seeded and self.device != "cpu":
             raise ValueError("device: a model that draws from torch's global generator trains on the cpu only")
+        if job.work.stopping is not None and self.device != "cpu":
+            raise ValueError("device: with train.early_stopping clients train on the cpu only")
         placed = self.placed(job)
         plan = choose(placed, self.mode, recorded, compiled=self.compile)
         asked = 1 if job.cohort == 1 else self.workers  # one client has nothing to share out

@@ -21,6 +21,7 @@ from fedsim.engines.local.trainer import rows_of, sizes_of
 from fedsim.environment import cpu
 from fedsim.models.layers.keyed import mixes_examples as layers_mix
 from fedsim.records import Broadcast, Examples
+from fedsim.training import kept
 from fedsim.training.chain import chain_of
 from fedsim.training.client import LocalWork, batch_loss, layer_inputs
 from fedsim.training.stacked import group_of, train_stacked
@@ -33,6 +34,7 @@ STEPS = 4  # a measurement trains so many
 SPENT_S = 0.1  # and is repeated, the best counting, until it took so long
 BETTER = 1.1  # a plan must be so much faster than those before it, so that noise seldom decides
 HOPELESS = 0.5  # larger chunks are not tried on a path that reaches no more than this part of the best
+STOPPING = "with train.early_stopping each client trains by itself, in the plain loop"
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def candidates(job: Job, mode: Mode, *, compiled: bool = False) -> list[Plan]:
         ValueError: none can, in this mode; says why.
     """
     several, plans = chunks(job.cohort), []
+    if compiled and job.work.stopping is not None:
+        raise ValueError(f"compile: {STOPPING}")
     if mode in ("auto", "sequential"):
         plans.append(Plan("sequential", 1))
     if mode in ("auto", "fused"):
@@ -116,10 +120,14 @@ def candidates(job: Job, mode: Mode, *, compiled: bool = False) -> list[Plan]:
 
 def not_fused(job: Job, *, compiled: bool = False) -> str | None:
     """Why clients of this job cannot be trained by hand-written steps; None if they can."""
+    if job.work.stopping is not None:
+        return f"mode fused: {STOPPING}"
     if compiled or job.work.autocast:
         return f"fused steps are written by hand, {'for float32' if job.work.autocast else 'not compiled'}"
     if not job.work.objective.plain:
         return "fused steps are written by hand, for the plain cross-entropy"
+    if job.work.kept:
+        return "fused steps start all clients from the same parameters, and batch norm is not the same for all"
     if chain_of(job.work.model) is None:
         return "fused needs a chain of standard layers, as the model is not"
     return None
@@ -127,6 +135,8 @@ def not_fused(job: Job, *, compiled: bool = False) -> str | None:
 
 def not_mappable(job: Job) -> str | None:
     """Why clients of this job cannot be trained under ``torch.func.vmap``; None if they can."""
+    if job.work.stopping is not None:
+        return STOPPING
     if job.work.seeded:
         return "it draws from torch's global generator"
     try:
@@ -210,7 +220,7 @@ def _train(job: Job, plan: Plan, steps: int) -> int:
 
     ids = sorted((sorted(range(known), key=most_first) * plan.chunk)[: plan.chunk], key=most_first)
     sizes = tuple(min(held[client], most) for client in ids)
-    params, buffers = p.of(job.work.model)
+    params, buffers = (kept.shared(tensors, job.work.kept) for tensors in p.of(job.work.model))
     broadcast = Broadcast(params, buffers, job.strategy.server.extra(job.strategy.server.init(params)), 1)
     rows = torch.from_numpy(rows_of(partition, ids, sizes)).to(device)
     keys = rng.fold_tensor(rng.as_tensor(0), torch.arange(len(ids))).to(device)
@@ -232,9 +242,9 @@ def _fingerprint(job: Job, mode: Mode, compiled: bool) -> str:
         [(n, tuple(t.shape), str(t.dtype)) for n, t in work.model.state_dict().items()],
         list(job.data.train.inputs.shape[1:]),
         [work.batch_size, int(offsets[1] - offsets[0]) if work.batch_size is None else None, work.autocast],
-        [work.optimizer.folded is not None, work.rule.correct.__qualname__],
+        [work.optimizer.folded is not None, work.rule.correct.__qualname__, work.max_grad_norm is not None],
         work.objective.told(),
-        [mode, chunks(job.cohort), compiled, work.seeded],
+        [mode, chunks(job.cohort), compiled, work.seeded, work.stopping is not None],
         [torch.__version__, cpu(), job.data.train.labels.device.type],
     ]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()

@@ -10,10 +10,11 @@ import torch
 from fedsim import params as p
 from fedsim import rng, wire
 from fedsim.engines.engine import Job, client_key
-from fedsim.engines.folding import Part, fold
+from fedsim.engines.folding import Part, alone, fold
 from fedsim.engines.local.plan import LARGEST_CHUNK, Plan
 from fedsim.errors import ClientError, FedsimError
 from fedsim.records import Broadcast, Indices, Params, Partition, StackedUpdate
+from fedsim.training.client import train_client
 from fedsim.training.stacked import Group, Trained, group_of, train_stacked
 from fedsim.training.steps import Step, step_of
 
@@ -64,6 +65,10 @@ class Trainer:
         Raises:
             ClientError: a client's training failed, or diverged.
         """
+        if self.job.work.stopping is not None:
+            blocks = (block for task in tasks for block in task)
+            yield from (fold(self.job, broadcast, self._plainly(broadcast, own, states, key, watch)) for own in blocks)
+            return
         for portion in _portions(tasks):
             clients = [client for task in portion for block in task for client in block]
             drawn, done = self._group(broadcast, clients, states, key), 0
@@ -88,6 +93,18 @@ class Trainer:
             with _naming(broadcast.round, own), seeded:
                 trained = train_stacked(work, self.step, broadcast, pool, whole.lanes(start, end))
             yield _stacked_update(own, whole.sizes[start:end], trained)
+
+    def _plainly(
+        self, broadcast: Broadcast, clients: Sequence[int], states: Mapping[int, Params], key: int, watch: Watch
+    ) -> Iterator[StackedUpdate]:
+        """Each client in the plain loop: one that stops early knows only then how many steps it takes."""
+        fresh = self.job.strategy.local.init(broadcast.params)
+        for client in clients:
+            watch(client)
+            data, state = self.job.data.client(client), states.get(client) or fresh
+            with _naming(broadcast.round, [client]):
+                trained = train_client(self.job.work, broadcast, client, data, state=state, key=client_key(key, client))
+            yield alone(trained)
 
     def _group(self, broadcast: Broadcast, clients: Sequence[int], states: Mapping[int, Params], key: int) -> Group:
         """Batches, keys and states of these clients."""
