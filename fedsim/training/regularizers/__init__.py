@@ -11,6 +11,8 @@ from torch import nn
 from fedsim import rng
 from fedsim.training.objective import PLAIN, Objective
 from fedsim.training.regularizers.activations import dropout, spatial_dropout
+from fedsim.training.regularizers.dropblock import dropblock
+from fedsim.training.regularizers.heads import collaborative, ensemblenet, multi_sample_dropout
 from fedsim.training.regularizers.parameters import (
     bn_slimming,
     group_lasso,
@@ -20,14 +22,30 @@ from fedsim.training.regularizers.parameters import (
     proximal,
     spectral,
 )
+from fedsim.training.regularizers.paths import droppath, shakedrop, stochastic_depth
+from fedsim.training.regularizers.recurrent import tied_dropout, zoneout
 from fedsim.training.regularizers.regularizer import STAGES, Regularizer
-from fedsim.training.regularizers.targets import label_smoothing
+from fedsim.training.regularizers.targets import cutout, label_smoothing, mixup
+from fedsim.training.regularizers.units import maxout
+from fedsim.training.regularizers.weights import dropconnect, targeted_dropout, variational_dropout
 
 __all__ = ["REGULARIZERS", "Regularizer", "bind", "in_order"]
 
 REGULARIZERS: dict[str, Callable[..., Regularizer]] = {
     "dropout": dropout,
     "spatial-dropout": spatial_dropout,
+    "dropconnect": dropconnect,
+    "targeted-dropout": targeted_dropout,
+    "variational-dropout": variational_dropout,
+    "maxout": maxout,
+    "tied-dropout": tied_dropout,
+    "zoneout": zoneout,
+    "stochastic-depth": stochastic_depth,
+    "shakedrop": shakedrop,
+    "droppath": droppath,
+    "multi-sample-dropout": multi_sample_dropout,
+    "collaborative": collaborative,
+    "ensemblenet": ensemblenet,
     "l1": l1,
     "l2": l2,
     "group-lasso": group_lasso,
@@ -36,6 +54,9 @@ REGULARIZERS: dict[str, Callable[..., Regularizer]] = {
     "bn-slimming": bn_slimming,
     "proximal": proximal,
     "label-smoothing": label_smoothing,
+    "dropblock": dropblock,
+    "cutout": cutout,
+    "mixup": mixup,
 }
 
 
@@ -57,7 +78,7 @@ def bind(model: nn.Module, regularizers: Sequence[Regularizer], key: int = 0) ->
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> bind(model, [dropout(p=0.2), proximal(mu=0.1)]).told()
-    ['fedsim.training.penalties.proximal']
+    ['fedsim.training.losses.cross_entropy', 'fedsim.training.penalties.proximal']
     >>> model[1]
     ReLU(
       (dropout): Dropout(p=0.2)

@@ -49,6 +49,8 @@ MODELS = {
     "cnn": Model("cnn", {"channels": [4, 6], "kernel": 3, "hidden": 8, "norm": "group"}, (1, 8, 8)),
     "bn-cnn": Model("cnn", {"channels": [4, 6], "kernel": 3, "hidden": 8, "norm": "batch"}, (1, 8, 8)),
     "resnet": Model("resnet", {"depth": 8}, (1, 8, 8)),
+    "residual-mlp": Model("residual-mlp", {"depth": 3, "width": 9}, (2, 3)),
+    "fractal": Model("fractal", {"channels": [4, 6]}, (1, 8, 8)),
     "lstm": Model("char-lstm", {"hidden": 6, "embedding": 4, "layers": 2}, (5,), tokens=True),
 }
 
@@ -68,6 +70,35 @@ class Case(NamedTuple):
 CASES: dict[str, Case] = {
     "dropout": Case(("cnn", "mlp", "resnet"), {"p": 0.4}, {"p": 0.0}, draws=True),
     "spatial-dropout": Case(("cnn", "resnet"), {"p": 0.4}, {"p": 0.0}, draws=True),
+    "dropconnect": Case(("cnn", "mlp"), {"p": 0.4}, {"p": 0.0}, draws=True),
+    "targeted-dropout": Case(("cnn", "mlp", "resnet"), {"target": 0.6, "drop": 0.7}, {"target": 0.0}, draws=True),
+    "variational-dropout": Case(("cnn", "mlp"), {"p": 0.3, "strength": 1.0}, {"p": 0.0}, draws=True),
+    "maxout": Case(("cnn", "mlp"), {"pieces": 3}, None),
+    "tied-dropout": Case(
+        ("lstm",),
+        {"p_input": 0.3, "p_hidden": 0.4, "p_embedding": 0.2},
+        {"p_input": 0.0, "p_hidden": 0.0, "p_embedding": 0.0},
+        draws=True,
+    ),
+    "zoneout": Case(("lstm",), {"cell": 0.5, "hidden": 0.2}, {"cell": 0.0, "hidden": 0.0}, draws=True),
+    "multi-sample-dropout": Case(("cnn", "mlp", "resnet"), {"samples": 3, "p": 0.4}, {"p": 0.0}, draws=True),
+    "collaborative": Case(
+        ("cnn", "mlp", "resnet"),
+        {"heads": 3},
+        None,
+        detached="heads learn from each other as constants, and the shared part gets the mean of their gradients",
+        apart=("ensemblenet",),
+    ),
+    "ensemblenet": Case(("cnn", "mlp", "resnet"), {"heads": 3, "weight": 2.0}, None, apart=("collaborative",)),
+    "stochastic-depth": Case(("resnet", "residual-mlp"), {"p": 0.6, "mode": "row"}, {"p": 0.0}, draws=True),
+    "shakedrop": Case(
+        ("resnet", "residual-mlp"),
+        {"p": 0.8},
+        {"p": 0.0},
+        draws=True,
+        detached="the branch is scaled by alpha, its gradient by beta",
+    ),
+    "droppath": Case(("fractal",), {"p": 0.4, "mode": "row"}, {"p": 0.0, "share_global": 0.0}, draws=True),
     "l1": Case(("cnn", "mlp"), {"strength": 0.1}, {"strength": 0.0}),
     "l2": Case(("cnn", "mlp"), {"strength": 0.1}, {"strength": 0.0}),
     "group-lasso": Case(("cnn", "mlp"), {"strength": 0.1}, {"strength": 0.0}),
@@ -81,6 +112,9 @@ CASES: dict[str, Case] = {
     "bn-slimming": Case(("bn-cnn",), {"strength": 0.1}, {"strength": 0.0}),
     "proximal": Case(("cnn", "mlp"), {"mu": 0.5}, {"mu": 0.0}),
     "label-smoothing": Case(("cnn", "mlp"), {"epsilon": 0.3}, {"epsilon": 0.0}),
+    "dropblock": Case(("cnn", "bn-cnn", "resnet"), {"drop": 0.4, "gamma": "exact"}, {"drop": 0.0}, draws=True),
+    "cutout": Case(("cnn", "resnet"), {"length": 4}, {"length": 0}, draws=True),
+    "mixup": Case(("cnn", "mlp", "resnet"), {"alpha": 1.0}, {"alpha": 0.0}, draws=True),
 }
 
 TRIALS = [(name, model) for name, case in CASES.items() for model in case.models]
