@@ -34,6 +34,13 @@ def test_the_optimizer_the_strategy_and_the_regularisers_of_the_page_train(tmp_p
         assert run.summary["accuracy"] > 0.5 > run.summary["initial"]["accuracy"]
 
 
+def test_the_federation_with_batch_norm_of_its_clients_own_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (config,) = blocks("docs/design.md", "yaml")
+    Path("own.yaml").write_text(config)
+    assert fedsim.run("own.yaml").summary["accuracy"] > 0.5
+
+
 def test_the_ten_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (config,) = blocks("README.md", "yaml")
