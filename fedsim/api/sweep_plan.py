@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
+from pydantic import RootModel
+
 from fedsim.api import folders
 from fedsim.config import load as config_files
 from fedsim.config import read
@@ -151,6 +153,8 @@ def _key_takes_list(name: str, key: str, kind: Kind) -> bool:
 
 
 def _is_list(annotation: Any) -> bool:
+    if isinstance(annotation, type) and issubclass(annotation, RootModel):
+        return _is_list(annotation.model_fields["root"].annotation)
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType, Annotated):
         return any(map(_is_list, get_args(annotation)))
