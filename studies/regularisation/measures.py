@@ -32,14 +32,13 @@ def measure(folder: Path, here: Path) -> dict[str, Any]:
         here: where the modules are that its config names.
     """
     run = fedsim.load(folder)
-    rounds = run.rounds
     with importable(here):
         data = build.federated_data(config_files.check(run.config))
         model = run.model()
     found = {
         **_scores("train", model, data.train),
         **_scores("test", model, data.test),
-        "train_losses": [one.train_loss for one in rounds[1:]],
+        "train_losses": [one.train_loss for one in run.rounds],
     }
     if data.test.inputs.dim() == 4:
         found |= _scores("occluded", model, occluded(data.test))
