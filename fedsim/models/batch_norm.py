@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedsim.models.places import join
+
 HAVE_IT = "mlp, cnn, resnet-8 and all others with a key norm (fedsim list models) have it with norm: batch"
 
 
@@ -16,10 +18,10 @@ def tensors(model: nn.Module) -> tuple[str, ...]:
     """
     persistent = model.state_dict().keys()
     return tuple(
-        _join(path, name)
+        join(path, name)
         for path, module in _norms(model)
         for name in [*module._parameters, *module._buffers]
-        if _join(path, name) in persistent
+        if join(path, name) in persistent
     )
 
 
@@ -29,7 +31,7 @@ def statistics(model: nn.Module) -> tuple[tuple[str, str], ...]:
     Raises:
         ValueError: there is no batch norm, or one without running statistics.
     """
-    return tuple((_join(path, "running_mean"), _join(path, "running_var")) for path, _ in _tracking(model))
+    return tuple((join(path, "running_mean"), join(path, "running_var")) for path, _ in _tracking(model))
 
 
 def freeze(model: nn.Module) -> None:
@@ -64,7 +66,3 @@ def _norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
     if not found:
         raise ValueError(f"needs batch norm, but the model has none; {HAVE_IT}")
     return found
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

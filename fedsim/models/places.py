@@ -5,7 +5,7 @@ others. A residual block says which of its children ends its branch and which it
 ``branch`` and ``shortcut``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
@@ -40,6 +40,11 @@ class Block(NamedTuple):
     stage: int
 
 
+def join(path: str, name: str) -> str:
+    """The path of what is called ``name`` in the module at ``path``, which is "" for the model itself."""
+    return f"{path}.{name}" if path else name
+
+
 def convolutions(model: nn.Module) -> list[Unit]:
     """The convolutions (``nn.Conv2d``) of a model."""
     return [unit for unit in _units(model) if isinstance(model.get_submodule(unit.layer), nn.Conv2d)]
@@ -68,7 +73,7 @@ def before_head(model: nn.Module) -> list[str]:
     parent = model.get_submodule(above)
     names = list(parent._modules)
     known = isinstance(parent, nn.Sequential) and names.index(name) > 0
-    return [_join(above, names[names.index(name) - 1])] if known else []
+    return [join(above, names[names.index(name) - 1])] if known else []
 
 
 def blocks(model: nn.Module) -> list[Block]:
@@ -78,9 +83,9 @@ def blocks(model: nn.Module) -> list[Block]:
     for path, module in model.named_modules():
         branch, shortcut = getattr(module, "branch", None), getattr(module, "shortcut", None)
         if isinstance(branch, str):
-            inner = [stage for layer, stage in stages.items() if layer.startswith(_join(path, ""))]
-            shortcut_path = _join(path, "shortcut") if isinstance(shortcut, nn.Module) else None
-            found.append(Block(_join(path, branch), shortcut_path, max(inner, default=1)))
+            inner = [stage for layer, stage in stages.items() if layer.startswith(join(path, ""))]
+            shortcut_path = join(path, "shortcut") if isinstance(shortcut, nn.Module) else None
+            found.append(Block(join(path, branch), shortcut_path, max(inner, default=1)))
     return found
 
 
@@ -88,15 +93,6 @@ def last_stages(places: list[Unit], count: int) -> Iterator[tuple[Unit, int]]:
     """The units of the last ``count`` stages, with how many stages come after theirs: 0 for the last."""
     last = max((unit.stage for unit in places), default=0)
     return ((unit, last - unit.stage) for unit in places if last - unit.stage < count)
-
-
-def modules_of(model: nn.Module, kind: type[nn.Module] | Callable[[nn.Module], bool]) -> list[str]:
-    """Paths of the modules of a class, or of those a function picks; never the model itself."""
-
-    def picked(module: nn.Module) -> bool:
-        return isinstance(module, kind) if isinstance(kind, type) else kind(module)
-
-    return [path for path, module in model.named_modules() if path and picked(module)]
 
 
 def _units(model: nn.Module) -> Iterator[Unit]:
@@ -117,7 +113,7 @@ def _units(model: nn.Module) -> Iterator[Unit]:
 def _on_the_main_path(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Paths and modules, but for the other branches of a model with several heads (:mod:`fedsim.models.forks`)."""
     forked = (path for path, module in model.named_modules() if getattr(module, "adds_axis", False))
-    others = tuple(_join(path, FORKS) + "." for path in forked)
+    others = tuple(join(path, FORKS) + "." for path in forked)
     return ((path, module) for path, module in model.named_modules() if not path.startswith(others))
 
 
@@ -137,12 +133,8 @@ def _followed(model: nn.Module, path: str) -> tuple[str, str | None]:
     for other in following:
         module = parent._modules[other]
         if isinstance(module, ACTIVATIONS) and isinstance(parent, nn.Sequential):
-            return _join(above, other), _join(above, other)
+            return join(above, other), join(above, other)
         if not isinstance(module, (*_NORMS, nn.Identity)):
             break
         end = other
-    return _join(above, end), None
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+    return join(above, end), None

@@ -9,6 +9,7 @@ from torch import nn
 
 from fedsim.models.layers import dropouts
 from fedsim.models.layers.attaching import attached, only_attached
+from fedsim.models.places import join
 from fedsim.training.chain_layers import Dropout, Flatten, Layer, Linear, ReLU, Tanh, suits_onednn
 from fedsim.training.chain_maps import AvgPool, Conv, GreyConv, GroupNorm, MaxPool, Pair, Window
 
@@ -55,15 +56,11 @@ def _leaves(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if type(module) is not nn.Sequential:
         yield path, module
         for name in attached(module):
-            yield from _leaves(_join(path, name), module.get_submodule(name))
+            yield from _leaves(join(path, name), module.get_submodule(name))
         return
     for name, child in module._modules.items():
         assert child is not None  # Sequential would fail on it
-        yield from _leaves(_join(path, name), child)
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+        yield from _leaves(join(path, name), child)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -74,9 +71,9 @@ def _holds_nothing_else(model: nn.Module, leaves: Sequence[tuple[str, nn.Module]
     """Whether parameters and buffers are those that the layers below know, each used once, and all are trained."""
     parameters = dict(model.named_parameters())
     known = [
-        _join(path, name) for path, m in leaves for name in ("weight", "bias") if getattr(m, name, None) is not None
+        join(path, name) for path, m in leaves for name in ("weight", "bias") if getattr(m, name, None) is not None
     ]
-    keys = [_join(path, "key") for path, module in leaves if isinstance(module, dropouts.Dropout)]
+    keys = [join(path, "key") for path, module in leaves if isinstance(module, dropouts.Dropout)]
     kinds = {(p.dtype, p.device.type, p.requires_grad) for p in parameters.values()}
     allowed = ({(dtype, "cpu", True)} for dtype in (torch.float32, torch.float64))
     return known == list(parameters) and keys == [n for n, _ in model.named_buffers()] and kinds in allowed
@@ -131,12 +128,12 @@ def _with_owners(layers: Sequence[Layer]) -> tuple[Layer, ...]:
 
 
 def _linear(path: str, module: Any, first: bool) -> Iterable[Layer]:
-    weight, bias = _join(path, "weight"), _bias(path, module)
+    weight, bias = join(path, "weight"), _bias(path, module)
     return (Linear(weight, bias, input_slope=not first, large=suits_onednn(module.weight)),)
 
 
 def _conv(path: str, module: Any, first: bool) -> Iterable[Layer] | None:
-    window, weight, bias = _window(module), _join(path, "weight"), _bias(path, module)
+    window, weight, bias = _window(module), join(path, "weight"), _bias(path, module)
     if window is None or module.padding_mode != "zeros":
         return None
     if first and module.in_channels == 1:
@@ -174,14 +171,14 @@ def _avg_pool(path: str, module: Any, first: bool) -> Iterable[Layer] | None:
 
 
 def _group_norm(path: str, module: Any, first: bool) -> Iterable[Layer] | None:
-    weight, bias = _join(path, "weight"), _bias(path, module)
+    weight, bias = join(path, "weight"), _bias(path, module)
     if module.weight is None or bias is None:
         return None
     return (GroupNorm(weight, bias, module.num_groups, module.eps, input_slope=not first),)
 
 
 def _bias(path: str, module: Any) -> str | None:
-    return None if module.bias is None else _join(path, "bias")
+    return None if module.bias is None else join(path, "bias")
 
 
 _MAKERS: dict[type[nn.Module], Callable[[str, Any, bool], Iterable[Layer] | None]] = {
@@ -189,7 +186,7 @@ _MAKERS: dict[type[nn.Module], Callable[[str, Any, bool], Iterable[Layer] | None
     nn.ReLU: lambda path, module, first: (ReLU(),),
     nn.Tanh: lambda path, module, first: (Tanh(),),
     nn.Flatten: lambda path, module, first: (Flatten(),) if (module.start_dim, module.end_dim) == (1, -1) else None,
-    dropouts.Dropout: lambda path, module, first: (Dropout(_join(path, "key"), module.p),) if module.p else (),
+    dropouts.Dropout: lambda path, module, first: (Dropout(join(path, "key"), module.p),) if module.p else (),
     nn.Linear: _linear,
     nn.GroupNorm: _group_norm,
     nn.Conv2d: _conv,

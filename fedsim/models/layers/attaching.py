@@ -19,8 +19,7 @@ def attach(module: nn.Module, name: str, layer: nn.Module) -> None:
     Raises:
         ValueError: it has something of that name already.
     """
-    _refuse_twice(module, name)
-    module.add_module(name, layer.train(module.training))
+    _add(module, name, layer)
     if isinstance(module, nn.Sequential):
         return
     if _HOOK not in vars(module):
@@ -35,8 +34,7 @@ def attach_first(model: nn.Module, name: str, layer: nn.Module) -> None:
     Raises:
         ValueError: it has something of that name already.
     """
-    _refuse_twice(model, name)
-    model.add_module(name, layer.train(model.training))
+    _add(model, name, layer)
     if isinstance(model, nn.Sequential):
         others = {other: model._modules.pop(other) for other in [*model._modules] if other != name}
         model._modules.update(others)
@@ -55,9 +53,10 @@ def only_attached(module: nn.Module) -> bool:
     return not any(hooks) and all(hook is _through for hook in module._forward_hooks.values())
 
 
-def _refuse_twice(module: nn.Module, name: str) -> None:
+def _add(module: nn.Module, name: str, layer: nn.Module) -> None:
     if hasattr(module, name):
         raise ValueError(f"the model has {name} already, at {type(module).__name__}")
+    module.add_module(name, layer.train(module.training))
 
 
 def _through(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
