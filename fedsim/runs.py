@@ -172,13 +172,25 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         RunError: another process holds it.
     """
-    lock = filelock.FileLock(folder / "checkpoint" / ".lock")
     with writing(folder):
         (folder / "checkpoint").mkdir(exist_ok=True)
+    with exclusive(folder, "checkpoint/.lock", "another process is writing this run"):
+        yield
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, name: str, otherwise: str) -> Iterator[None]:
+    """Hold the lock in the file ``name`` of a folder.
+
+    Raises:
+        RunError: another process holds it; says ``otherwise``.
+    """
+    lock = filelock.FileLock(folder / name)
+    with writing(folder):
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
-            raise RunError(f"{folder}: another process is writing this run") from error
+            raise RunError(f"{folder}: {otherwise}") from error
     try:
         yield
     finally:

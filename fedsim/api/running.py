@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from fedsim.api import folders
 from fedsim.config import build
 from fedsim.config import load as config_files
 from fedsim.config.foreign import importable
+from fedsim.config.schema import Config
 from fedsim.engines.engine import Engine
 from fedsim.errors import ConfigError, DataError
 from fedsim.federation import Federation, RoundResult, start
@@ -120,13 +122,28 @@ def run(
         federation, engine = build.federation(checked, progress)
         engine = folders.prepared(engine, federation, {}) if loop is simulated else engine
         folder = folders.new_folder(checked, federation, engine, folders.folder_of(config))
-        state = start(federation)
-        recorder = Recording(folder, folders.facts_of(checked, federation), state, on_round or folders.ignore)
-        with runs.locked(folder), recorder as recording:
-            recording.save()  # from here on a run that is stopped can be resumed
-            (on_start or folders.ignore)(Run(folder), federation)
-            loop(folder, federation, engine, state, recording.take)
+        rounds = partial(loop, folder, federation, engine)
+        begun, done = on_start or folders.ignore, on_round or folders.ignore
+        record(folder, checked, federation, rounds, on_start=begun, on_round=done)
     return Run(folder)
+
+
+def record(
+    folder: Path,
+    config: Config,
+    federation: Federation,
+    rounds: Callable[[ServerState, OnResult], object],
+    *,
+    on_start: OnStart,
+    on_round: OnRound,
+) -> None:
+    """Write a run into its new folder, from before the first of its ``rounds`` on."""
+    state = start(federation)
+    recorder = Recording(folder, folders.facts_of(config, federation), state, on_round)
+    with runs.locked(folder), recorder as recording:
+        recording.save()  # from here on a run that is stopped can be resumed
+        on_start(Run(folder), federation)
+        rounds(state, recording.take)
 
 
 def resume(

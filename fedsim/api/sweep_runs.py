@@ -13,21 +13,22 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO
 
 from fedsim import runs
 from fedsim.api import folders
-from fedsim.api.running import Run, resume, simulated
+from fedsim.api.running import Run, record, resume, simulated
 from fedsim.api.sweep_folder import Row, read_plan
 from fedsim.api.sweep_plan import Combination, Plan
 from fedsim.config import build
 from fedsim.config import load as config_files
 from fedsim.config.foreign import importable
 from fedsim.errors import FedsimError
-from fedsim.federation import Federation, start
-from fedsim.recording import OnRound, Recording
+from fedsim.federation import Federation
+from fedsim.recording import OnRound
 
 SAVING_S = 60  # a process that is told to stop may take so long to save its run
 NEW = ".new"  # folder in that of the sweep; run folders are made there, and moved when they have all they need
@@ -84,14 +85,9 @@ def _run(folder: Path, plan: Plan, one: Combination, listening: Listening) -> No
         with runs.writing(place):
             runs.write_config(place, config_files.resolved(config))
             place = place.rename(folder / one.name)
-        state = start(federation)
-        with (
-            runs.locked(place),
-            Recording(place, folders.facts_of(config, federation), state, listening.on_round) as recording,
-        ):
-            recording.save()
-            _on_start(one, listening)(Run(place), federation)
-            simulated(place, federation, engine, state, recording.take)
+        rounds = partial(simulated, place, federation, engine)
+        told = _on_start(one, listening)
+        record(place, config, federation, rounds, on_start=told, on_round=listening.on_round)
 
 
 def _on_start(one: Combination, listening: Listening) -> Callable[[Run, Federation], None]:

@@ -2,11 +2,9 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import filelock
 
 from fedsim import runs
 from fedsim.api import folders
@@ -24,7 +22,7 @@ from fedsim.api.sweep_folder import (
 from fedsim.api.sweep_plan import Plan, plan
 from fedsim.api.sweep_runs import NEW, Listening, OnBegin, OnEnd, OnSweep, one_by_one, side_by_side
 from fedsim.config import build
-from fedsim.errors import ConfigError, RunError
+from fedsim.errors import ConfigError
 from fedsim.recording import OnRound
 
 
@@ -100,7 +98,7 @@ def _check_jobs(jobs: int) -> None:
 
 
 def _all(folder: Path, made: Plan, jobs: int, listening: Listening) -> Sweep:
-    with _locked(folder):
+    with runs.exclusive(folder, ".lock", "another process is going on with this sweep"):
         found = {line["run"]: line for line in rows(folder, made)}
         waiting = [one for one in made.combinations() if found[one.name]["status"] != "finished"]
         ended = side_by_side(folder, waiting, jobs) if jobs > 1 else one_by_one(folder, made, waiting, listening)
@@ -116,18 +114,3 @@ def _all(folder: Path, made: Plan, jobs: int, listening: Listening) -> Sweep:
             shutil.rmtree(folder / NEW, ignore_errors=True)  # of a run that was killed while its folder was made
             write_summary(folder, made, rows(folder, made))
     return load_sweep(folder)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep every other process from going on with the same sweep."""
-    lock = filelock.FileLock(folder / ".lock")
-    with runs.writing(folder):
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise RunError(f"{folder}: another process is going on with this sweep") from error
-    try:
-        yield
-    finally:
-        lock.release()
