@@ -1,7 +1,7 @@
 """From a checked config to a federation and an engine: load data, split it, build the model."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -35,9 +35,9 @@ from fedsim.models.zoo import check_model, check_single
 from fedsim.records import Dataset, Indices, Partition
 from fedsim.strategies.strategy import Strategy
 from fedsim.training.client import LocalWork
-from fedsim.training.objective import PLAIN, Objective
+from fedsim.training.objective import Objective
 from fedsim.training.optimizers import Optimizer
-from fedsim.training.regularizers import Regularizer, in_order
+from fedsim.training.regularizers import Regularizer, bind
 from fedsim.training.scaled import scaled
 from fedsim.training.schedules import Schedule
 from fedsim.training.stopping import Stopping
@@ -186,17 +186,17 @@ def _regularized(config: Config, built: nn.Module, key: int) -> Objective:
     Raises:
         ConfigError: one cannot be made, or the model has no place for it.
     """
-    kind, objective = KINDS["regularizers"], PLAIN
-    components_, made = components_at(config, kind), []
-    for number, component in enumerate(components_):
-        with _blamed_on(f"{kind.path}.{number}", component):
+    kind = KINDS["regularizers"]
+    listed, made = components_at(config, kind), []
+
+    def blamed(number: int) -> AbstractContextManager[None]:
+        return _blamed_on(f"{kind.path}.{number}", listed[number])
+
+    for number, component in enumerate(listed):
+        with blamed(number):
             one = components.call(components.factory_of(component.name, kind), component, kind)
             made.append(_of_type(Regularizer, one, f"{kind.path}.{number}", component))
-    for number in in_order(made):
-        path = f"{kind.path}.{number}"
-        with _blamed_on(path, components_[number]), rng.torch_seeded(rng.fold(key, number)):
-            objective = made[number].bind(built, objective)
-    return objective
+    return bind(built, made, key, blamed=blamed)
 
 
 def _data_seed(config: Config) -> int:

@@ -4,6 +4,7 @@ A regulariser is bound to the model before training starts. It puts layers into 
 key, or changes the objective, or both.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -29,7 +30,9 @@ from fedsim.training.regularizers.targets import cutout, label_smoothing, mixup
 from fedsim.training.regularizers.units import maxout
 from fedsim.training.regularizers.weights import dropconnect, targeted_dropout, variational_dropout
 
-__all__ = ["REGULARIZERS", "Regularizer", "bind", "in_order"]
+__all__ = ["REGULARIZERS", "Regularizer", "bind"]
+
+Blamed = Callable[[int], contextlib.AbstractContextManager[None]]
 
 REGULARIZERS: dict[str, Callable[..., Regularizer]] = {
     "dropout": dropout,
@@ -60,18 +63,26 @@ REGULARIZERS: dict[str, Callable[..., Regularizer]] = {
 }
 
 
-def in_order(regularizers: Sequence[Regularizer]) -> list[int]:
+def _in_order(regularizers: Sequence[Regularizer]) -> list[int]:
     """Their positions, in the order in which they are bound."""
     return sorted(range(len(regularizers)), key=lambda i: STAGES.index(regularizers[i].stage))
 
 
-def bind(model: nn.Module, regularizers: Sequence[Regularizer], key: int = 0) -> Objective:
+def unblamed(number: int) -> contextlib.AbstractContextManager[None]:
+    """Let what binding raises pass."""
+    return contextlib.nullcontext()
+
+
+def bind(
+    model: nn.Module, regularizers: Sequence[Regularizer], key: int = 0, *, blamed: Blamed = unblamed
+) -> Objective:
     """Change ``model`` in place as the regularisers say, and tell what is to be minimised then.
 
     Args:
         model: not yet trained.
         regularizers: in any order; see ``Regularizer.stage``.
         key: from which new parameters are drawn, the i-th regulariser's from ``fold(key, i)``.
+        blamed: within ``blamed(i)`` the i-th is bound; what it raises can be given a name there.
 
     Raises:
         ValueError: the model has no place for one of them.
@@ -85,7 +96,7 @@ def bind(model: nn.Module, regularizers: Sequence[Regularizer], key: int = 0) ->
     )
     """
     objective = PLAIN
-    for i in in_order(regularizers):
-        with rng.torch_seeded(rng.fold(key, i)):
+    for i in _in_order(regularizers):
+        with blamed(i), rng.torch_seeded(rng.fold(key, i)):
             objective = regularizers[i].bind(model, objective)
     return objective

@@ -10,7 +10,7 @@ from fedsim.models import places
 from fedsim.models.layers.attaching import attach
 from fedsim.models.layers.dropouts import Dropout, Dropout2d
 from fedsim.training.objective import Objective
-from fedsim.training.regularizers.regularizer import Rate, Regularizer, unbound
+from fedsim.training.regularizers.regularizer import Rate, Regularizer, needed, unbound
 
 Where = Literal["auto", "hidden", "convolutions", "all"]
 
@@ -62,7 +62,5 @@ def _ends(model: nn.Module, where: Where) -> list[str]:
     if where == "auto" and not found:
         found = places.before_head(model)
     if not found:
-        convolutional = "convolutions; cnn, conv-2, conv-4, conv-6 and resnet have them"
-        dense = "hidden linear layers; mlp, 2nn, lenet-300-100, cnn, conv-2, conv-4 and conv-6 have them"
-        raise ValueError(f"needs {convolutional if where == 'convolutions' else dense}")
+        raise needed("convolutions" if where == "convolutions" else "hidden")
     return found

@@ -9,7 +9,7 @@ from fedsim.models import places
 from fedsim.models.layers.attaching import attach
 from fedsim.models.layers.dropblock import DropBlock, Gamma, Normalise, Schedule
 from fedsim.training.objective import Objective
-from fedsim.training.regularizers.regularizer import Count, Rate, Regularizer, unbound
+from fedsim.training.regularizers.regularizer import Count, Rate, Regularizer, needed, unbound
 
 
 def dropblock(
@@ -51,7 +51,7 @@ def dropblock(
 def _bind(make: partial[DropBlock], drop: float, groups: int, model: nn.Module, objective: Objective) -> Objective:
     found = dict(_ends(model, groups))
     if not found:
-        raise ValueError("needs convolutions; cnn, conv-2, conv-4, conv-6 and resnet have them")
+        raise needed("convolutions")
     for path, later in found.items():
         attach(model.get_submodule(path), "dropblock", make(drop / 4**later))
     return objective

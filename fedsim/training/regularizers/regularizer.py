@@ -14,8 +14,14 @@ Strength = Annotated[float, Ge(0)]
 Rate = Annotated[float, Ge(0), Lt(1)]  # probability of being dropped
 Count = Annotated[int, Gt(0)]
 
+AffineWhere = Literal["hidden", "convolutions", "all"]
 Stage = Literal["units", "weights", "layers", "samples", "heads", "inputs", "penalties"]
 STAGES: tuple[Stage, ...] = ("units", "weights", "layers", "samples", "heads", "inputs", "penalties")
+
+_HIDDEN = "hidden linear layers{}; mlp, 2nn, lenet-300-100, cnn, conv-2, conv-4 and conv-6 have them"
+_CONVOLUTIONS = "convolutions{}; cnn, conv-2, conv-4, conv-6 and resnet have them"
+_ALL = "hidden linear layers or convolutions{}; every model but linear and char-lstm has them"
+_NEEDED = {"hidden": _HIDDEN, "convolutions": _CONVOLUTIONS, "all": _ALL}
 
 Bind = Callable[[nn.Module, Objective], Objective]
 
@@ -44,3 +50,8 @@ def unbound(model: nn.Module, objective: Objective) -> Objective:
 def penalise(objective: Objective, penalty: Penalty) -> Objective:
     """With one penalty on parameters more."""
     return replace(objective, penalties=(*objective.penalties, penalty))
+
+
+def needed(where: AffineWhere, condition: str = "") -> ValueError:
+    """What to say to a model without a place."""
+    return ValueError("needs " + _NEEDED[where].format(condition))

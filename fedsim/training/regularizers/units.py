@@ -10,8 +10,8 @@ from fedsim.models.layers.attaching import attach
 from fedsim.models.layers.maxout import Maxout, widen
 from fedsim.models.places import Unit
 from fedsim.training.objective import Objective
-from fedsim.training.regularizers.regularizer import Regularizer
-from fedsim.training.regularizers.weights import AffineWhere, affine_layer, affine_units, needed
+from fedsim.training.regularizers.regularizer import AffineWhere, Regularizer, needed
+from fedsim.training.regularizers.weights import affine_layer, affine_units
 
 
 def maxout(*, pieces: Annotated[int, Ge(2)] = 2, where: AffineWhere = "hidden") -> Regularizer:

@@ -17,17 +17,19 @@ from fedsim.models.layers.weights import add_noise, can_be_noisy, set_law
 from fedsim.models.places import Unit
 from fedsim.training import variational
 from fedsim.training.objective import Objective, Penalty
-from fedsim.training.regularizers.regularizer import Rate, Regularizer, Strength, penalise, unbound
+from fedsim.training.regularizers.regularizer import (
+    AffineWhere,
+    Rate,
+    Regularizer,
+    Strength,
+    needed,
+    penalise,
+    unbound,
+)
 
 Affine = nn.Linear | nn.Conv2d
-AffineWhere = Literal["hidden", "convolutions", "all"]
 Share = Literal["auto", "layer", "unit", "weight"]
 Probability = Annotated[float, Ge(0), Le(1)]
-
-_HIDDEN = "hidden linear layers{}; mlp, 2nn, lenet-300-100, cnn, conv-2, conv-4 and conv-6 have them"
-_CONVOLUTIONS = "convolutions{}; cnn, conv-2, conv-4, conv-6 and resnet have them"
-_ALL = "hidden linear layers or convolutions{}; every model but linear and char-lstm has them"
-_NEEDED = {"hidden": _HIDDEN, "convolutions": _CONVOLUTIONS, "all": _ALL}
 
 
 def dropconnect(
@@ -138,11 +140,6 @@ def affine_units(model: nn.Module, where: AffineWhere, condition: str = "") -> l
     if not units:
         raise needed(where, condition)
     return units
-
-
-def needed(where: AffineWhere, condition: str = "") -> ValueError:
-    """What to say to a model without a place."""
-    return ValueError("needs " + _NEEDED[where].format(condition))
 
 
 def affine_layer(model: nn.Module, unit: Unit) -> Affine:
