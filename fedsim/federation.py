@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,12 +14,15 @@ from fedsim.data.federated import FederatedData
 from fedsim.engines.engine import Cohorts, Engine, Job, OnNan
 from fedsim.errors import RunError
 from fedsim.models.drawing import UNTOLD, Draws
-from fedsim.params import all_finite, of
+from fedsim.params import all_finite, masked, of, scale
+from fedsim.pruning import masks as m
+from fedsim.pruning.pruning import Fresh, Moment, Pruning, masks_of
 from fedsim.records import (
     Broadcast,
     ClientEvaluation,
     CohortUpdate,
     Indices,
+    Params,
     RoundRecord,
     ServerState,
 )
@@ -30,6 +33,7 @@ from fedsim.training.evaluate import Floats, Scores, by_owner
 
 Sampling = Literal["fixed", "poisson"]
 
+INFORMED = "informed"  # in what pruning remembers: version of the masks that each client was sent last
 LISTED_CLIENTS = 2000  # with more clients only the last round's evaluation lists every one of them
 
 
@@ -41,6 +45,7 @@ class Federation:
     eval_every: evaluate after every so many rounds, and after the last.
     draws: of the model, to be told.
     pooled: names of running means and variances, in pairs, of which the variances are pooled and not averaged.
+    pruning: what the server prunes between rounds. fresh: draws other first parameters and buffers, for it.
     """
 
     seed: int
@@ -54,6 +59,8 @@ class Federation:
     on_nan: OnNan
     draws: Draws = UNTOLD
     pooled: tuple[tuple[str, str], ...] = ()
+    pruning: Pruning | None = None
+    fresh: Fresh | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,8 @@ def start(federation: Federation) -> ServerState:
     """
     params, buffers = of(federation.work.model)
     sent = kept.shared(params, federation.work.kept)
-    return ServerState(0, params, buffers, federation.strategy.server.init(sent), {})
+    memory = {} if federation.pruning is None else federation.pruning.start(params, buffers)
+    return ServerState(0, params, buffers, federation.strategy.server.init(sent), {}, memory)
 
 
 def cohort(federation: Federation, round: int) -> Indices:
@@ -135,9 +143,57 @@ def _initial(federation: Federation, cohorts: Cohorts, state: ServerState) -> Ro
 def _round(federation: Federation, cohorts: Cohorts, state: ServerState, round: int) -> RoundResult:
     began = time.perf_counter()
     chosen: list[int] = cohort(federation, round).tolist()
+    probing = _Probing(federation, cohorts, state, round, chosen)
+    state = pruned(federation, state, round, probing.gradient)
     states = {client: state.clients[client] for client in chosen if client in state.clients}
-    result = cohorts.run_cohort(broadcast(federation, state, round), chosen, states, round_key(federation, round))
+    sent = broadcast(federation, state, round, chosen)
+    result = probing.counted(cohorts.run_cohort(sent, chosen, states, round_key(federation, round)))
     return _evaluated(federation, cohorts, step(federation, state, result, round), result, began)
+
+
+class _Probing:
+    """Asks the cohort of a round for gradients before it trains, and counts what that costs."""
+
+    def __init__(
+        self, federation: Federation, cohorts: Cohorts, state: ServerState, round: int, chosen: Sequence[int]
+    ) -> None:
+        self.federation, self.cohorts, self.round, self.chosen = federation, cohorts, round, chosen
+        self.sent = broadcast(federation, state, round, chosen)
+        self.states = {client: state.clients[client] for client in chosen if client in state.clients}
+        self.asked, self.up, self.down = 0, 0, 0
+
+    def gradient(self, at: Params) -> Params:
+        """Of the mean loss of the cohort's examples at these parameters."""
+        key = rng.fold(round_key(self.federation, self.round), "probe", self.asked)
+        probe = replace(self.sent, params=kept.shared(at, self.federation.work.kept), masks=None, probe=True)
+        result = self.cohorts.run_cohort(probe, self.chosen, self.states, key)
+        self.asked, self.up, self.down = self.asked + 1, self.up + result.bytes_up, self.down + result.bytes_down
+        if result.update is None:
+            raise RunError(f"round {self.round}: pruning needs gradients, and no client has given any")
+        return scale(result.update, -1.0)
+
+    def counted(self, result: CohortUpdate) -> CohortUpdate:
+        """The round's result with the bytes of the probes."""
+        return replace(result, bytes_up=result.bytes_up + self.up, bytes_down=result.bytes_down + self.down)
+
+
+def pruned(federation: Federation, state: ServerState, round: int, probe: Callable[[Params], Params]) -> ServerState:
+    """The state with what pruning does before this round; the same object if that is nothing.
+
+    probe: gradient of the mean loss of the round's cohort, at any parameters.
+    """
+    if federation.pruning is None:
+        return state
+    key, fresh = rng.fold(round_key(federation, round), "pruning"), federation.fresh or _not_drawn
+    moment = Moment(round, federation.rounds, state.params, state.buffers, state.pruning, key, probe, fresh)
+    change = federation.pruning.before(moment)
+    if change is None:
+        return state
+    changed = replace(state, params=change.params, buffers=change.buffers, pruning={**state.pruning, **change.memory})
+    if not change.restarted:
+        return changed
+    sent = kept.shared(change.params, federation.work.kept)
+    return replace(changed, server=federation.strategy.server.init(sent), clients={})
 
 
 def round_key(federation: Federation, round: int) -> int:
@@ -145,10 +201,37 @@ def round_key(federation: Federation, round: int) -> int:
     return rng.fold(federation.seed, "round", round)
 
 
-def broadcast(federation: Federation, state: ServerState, round: int) -> Broadcast:
-    """What the server sends in this round: the state's model and what the server rule adds."""
+def _not_drawn(key: int) -> tuple[Params, Params]:
+    raise RunError("pruning asks for newly drawn weights, and this federation was made without a way to draw them")
+
+
+def broadcast(federation: Federation, state: ServerState, round: int, clients: Sequence[int] = ()) -> Broadcast:
+    """What the server sends in this round: the state's model, what the server rule adds, and masks.
+
+    clients: to whom; those that have not been sent these masks are told them.
+    """
     params, buffers = (kept.shared(tensors, federation.work.kept) for tensors in (state.params, state.buffers))
-    return Broadcast(params, buffers, federation.strategy.server.extra(state.server), round)
+    masks, extra = masks_of(state.pruning), federation.strategy.server.extra(state.server)
+    unaware = () if masks is None else _unaware(state, masks.version, clients)
+    return Broadcast(params, buffers, extra, round, masks, unaware)
+
+
+def _unaware(state: ServerState, version: int, clients: Sequence[int]) -> tuple[int, ...]:
+    if INFORMED not in state.pruning:
+        return tuple(clients)
+    told = state.pruning[INFORMED]
+    return tuple(client for client in clients if int(told[client]) != version)
+
+
+def _informed(federation: Federation, state: ServerState, result: CohortUpdate, round: int) -> Params:
+    """What pruning remembers, with who knows the masks by now. Whoever did not answer is sent them again."""
+    masks = masks_of(state.pruning)
+    if masks is None:
+        return state.pruning
+    told = state.pruning.get(INFORMED, torch.zeros(federation.data.num_clients, dtype=torch.int64)).clone()
+    told[torch.from_numpy(cohort(federation, round))] = 0
+    told[torch.tensor(result.clients, dtype=torch.int64)] = masks.version
+    return {**state.pruning, INFORMED: told}
 
 
 def step(federation: Federation, state: ServerState, result: CohortUpdate, round: int) -> ServerState:
@@ -157,22 +240,25 @@ def step(federation: Federation, state: ServerState, result: CohortUpdate, round
     Raises:
         RunError: the global model is no longer finite.
     """
+    pruning = _informed(federation, state, result, round)
     if result.update is None:
-        return replace(state, round=round)
+        return replace(state, round=round, pruning=pruning)
     sent = kept.shared(state.params, federation.work.kept)
     params, server = federation.strategy.server.step(sent, result.update, state.server)
     if not all_finite(params):
         steps = "smaller steps (train.optimizer.lr, strategy.server_lr) may help"
         raise RunError(f"round {round}: the global model is no longer finite; {steps}")
     buffers = {**state.buffers, **(result.buffers or {})}
-    return ServerState(round, {**state.params, **params}, buffers, server, {**state.clients, **result.states})
+    masks, clients = masks_of(state.pruning), {**state.clients, **result.states}
+    params = params if masks is None else masked(params, masks.kept)  # a server rule's momentum may move what is pruned
+    return ServerState(round, {**state.params, **params}, buffers, server, clients, pruning)
 
 
 def _evaluated(
     federation: Federation, cohorts: Cohorts, state: ServerState, result: CohortUpdate, began: float
 ) -> RoundResult:
     """The round's record; with held-out loss and accuracy when it is a round of evaluation."""
-    round, record = state.round, unevaluated(state.round, result)
+    round, record = state.round, unevaluated(state, result)
     if not evaluates(federation, round):
         return RoundResult(state, replace(record, seconds=time.perf_counter() - began), ())
     data = federation.data
@@ -222,10 +308,16 @@ def evaluates(federation: Federation, round: int) -> bool:
     return round % federation.eval_every == 0 or round == federation.rounds
 
 
-def unevaluated(round: int, result: CohortUpdate) -> RoundRecord:
-    """What a round's record says of its clients, before the model is evaluated and the time is taken."""
+def unevaluated(state: ServerState, result: CohortUpdate) -> RoundRecord:
+    """What a round's record says of its clients, before the model is evaluated and the time is taken.
+
+    state: after the round.
+    """
+    masks = masks_of(state.pruning)
     return RoundRecord(
-        round=round,
+        round=state.round,
+        sparsity=None if masks is None else 1.0 - m.remaining(masks.kept),
+        remaining={} if masks is None else m.by_layer(masks.kept),
         loss=None,
         accuracy=None,
         train_loss=result.metrics.get("train_loss"),

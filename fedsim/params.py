@@ -64,6 +64,11 @@ def zeros_like(a: Params) -> Params:
     return {name: torch.zeros_like(tensor) for name, tensor in a.items()}
 
 
+def masked(a: Params, kept: Mapping[str, Tensor]) -> Params:
+    """``a`` with exactly 0 wherever ``kept`` (bool, broadcast to the tensor's shape) is false; others as they are."""
+    return {name: torch.where(kept[name], tensor, 0.0) if name in kept else tensor for name, tensor in a.items()}
+
+
 def dot(a: Params, b: Params) -> Tensor:
     """Sum of products over all entries: float64 tensor ()."""
     check_alike(a, b)

@@ -88,13 +88,33 @@ class Partition:
 
 
 @dataclass(frozen=True)
+class Masks:
+    """Which entries of parameters remain. All others are pruned: exactly 0 for whoever has these masks.
+
+    kept: bool tensors by parameter name, in the parameters' shapes; parameters that are not named are whole.
+    version: 1, 2, ...: grows with every change; whoever answers says which version it trained with.
+    """
+
+    kept: Params
+    version: int
+
+
+@dataclass(frozen=True)
 class Broadcast:
-    """Server to client. ``extra`` is what a server rule wants every client to have, empty for most."""
+    """Server to client. ``extra`` is what a server rule wants every client to have, empty for most.
+
+    masks: of the server, which owns them; the parameters have been pruned by them already. None: nothing is pruned.
+    unaware: clients of this round that have not been sent this version of the masks yet.
+    probe: clients are to return the gradient at these parameters, and not to train.
+    """
 
     params: Params
     buffers: Params
     extra: Params
     round: int
+    masks: Masks | None = None
+    unaware: tuple[int, ...] = ()
+    probe: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +122,7 @@ class ServerState:
     """Everything a run needs to go on after ``round`` as if it had never stopped.
 
     server: the server rule's state. clients: state of each client that keeps one.
+    pruning: what pruning remembers: masks, their version, initial weights.
     """
 
     round: int
@@ -109,11 +130,16 @@ class ServerState:
     buffers: Params
     server: Params = field(default_factory=dict)
     clients: Mapping[int, Params] = field(default_factory=dict)
+    pruning: Params = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """Client to server. ``update`` = local - global; ``buffers`` are the client's own after training."""
+    """Client to server. ``update`` = local - global; ``buffers`` are the client's own after training.
+
+    mask_version: of the server's masks that it trained with; 0 if there were none.
+    kept: the client's own masks, if it has any: bool tensors by parameter name. The update is 0 elsewhere.
+    """
 
     client: int
     update: Params
@@ -121,6 +147,8 @@ class ClientUpdate:
     num_examples: int
     metrics: dict[str, float]
     state: Params
+    mask_version: int = 0
+    kept: Params = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,7 +156,8 @@ class StackedUpdate:
     """What several clients send, in one record: tensors (clients, *shape), one lane for each of ``clients``, in order.
 
     metrics: one number per client. states: (clients, *shape) as well; {} if they keep none.
-    bytes_up: what all of them send, serialised.
+    bytes_up: what each of them sends, serialised.
+    kept: the clients' own masks, bool (clients, *shape); {} if they have none.
     """
 
     clients: tuple[int, ...]
@@ -137,7 +166,8 @@ class StackedUpdate:
     num_examples: tuple[int, ...]
     metrics: dict[str, tuple[float, ...]]
     states: Params
-    bytes_up: int
+    bytes_up: tuple[int, ...]
+    kept: Params = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -181,6 +211,8 @@ class RoundRecord:
     clients: number of clients that contributed; ``cohort`` are their ids, ascending.
     seconds: wall time of the round with its evaluation.
     epochs: that clients trained before they stopped early, mean weighted by examples; None where they cannot.
+    sparsity: share of prunable weights that was pruned while the clients trained; None without pruning.
+    remaining: share of each layer's weights that was not: parameter name -> share.
     failed: on separate machines, why a client of the cohort contributed nothing: client -> reason.
     client_accuracy_*: mean, standard deviation and mean of the worst tenth, over clients with held-out examples.
     """
@@ -195,6 +227,8 @@ class RoundRecord:
     bytes_down: int
     epsilon: float | None = None
     epochs: float | None = None
+    sparsity: float | None = None
+    remaining: Mapping[str, float] = field(default_factory=dict)
     client_accuracy_mean: float | None = None
     client_accuracy_std: float | None = None
     client_accuracy_worst_tenth: float | None = None

@@ -140,6 +140,7 @@ def save_checkpoint(folder: Path, state: ServerState) -> None:
     The tensors go to a file named after the round; state.json, replaced last, says which file counts and its hash.
     """
     groups: dict[str, Params] = {"params": state.params, "buffers": state.buffers, "server": state.server}
+    groups |= {"pruning": state.pruning}
     groups |= {f"clients/{client}": own for client, own in state.clients.items()}
     tensors = {f"{group}/{name}": separate(t) for group, own in groups.items() for name, t in own.items()}
     data = safetensors.torch.save(tensors)  # which sorts; the order of parameters is in state.json
@@ -348,7 +349,7 @@ def load_checkpoint(folder: Path) -> ServerState:
     tensors = _tensors(path, data)
     if tensors.keys() != set(order):
         raise DataError(f"{path}: does not hold the tensors that {_STATE} names")
-    groups: dict[str, Params] = {"params": {}, "buffers": {}, "server": {}}
+    groups: dict[str, Params] = {"params": {}, "buffers": {}, "server": {}, "pruning": {}}
     clients: dict[int, Params] = {}
     for full in order:
         tensor = tensors[full]
@@ -358,7 +359,7 @@ def load_checkpoint(folder: Path) -> ServerState:
             clients.setdefault(int(client), {})[name] = tensor
         else:
             groups[group][name] = tensor
-    return ServerState(round, groups["params"], groups["buffers"], groups["server"], clients)
+    return ServerState(round, groups["params"], groups["buffers"], groups["server"], clients, groups["pruning"])
 
 
 def _tensors(path: Path, data: bytes) -> Params:

@@ -13,6 +13,8 @@ from fedsim.federation import Federation, run, start
 from fedsim.models import batch_norm
 from fedsim.models.layers.dropouts import Dropout
 from fedsim.models.layers.keyed import key_names
+from fedsim.pruning.lottery import lottery_ticket
+from fedsim.pruning.magnitude import magnitude
 from fedsim.records import Examples, Partition
 from fedsim.strategies.server_rules import ServerRule
 from fedsim.strategies.strategy import fedavg
@@ -73,8 +75,10 @@ def federation(case, dtype=torch.float32):
     nobody = Partition(np.zeros(CLIENTS + 1, dtype=np.int64), np.zeros(0, dtype=np.int64))
     tested = Partition(np.arange(CLIENTS + 1), rng.permutation(9, 30).numpy()[:CLIENTS]) if "own" in case else nobody
     data = FederatedData(train, test, owners, tested, test, CLASSES, ())
-    strategy = control() if case in ("states", "own batch norm", "stopping") else fedavg(server_lr=0.9)
-    optimizer = {"momentum": sgd(lr=0.1, momentum=0.9, weight_decay=0.01), "adam": adam(lr=0.01)}.get(case, sgd(lr=0.1))
+    strategy = control() if case in ("states", "own batch norm", "stopping", "pruned states") else fedavg(server_lr=0.9)
+    momentum = sgd(lr=0.1, momentum=0.9, weight_decay=0.01)
+    optimizers = {"momentum": momentum, "pruned": momentum, "adam": adam(lr=0.01), "tickets": adam(lr=0.01)}
+    optimizer = optimizers.get(case, sgd(lr=0.1))
     batch = 4 if case != "unequal batch norm" else 26  # one batch of all: batch norm cannot take one example
     work = LocalWork(model, key_names(model), optimizer, strategy.local, 2, batch)
     if case == "penalties":
@@ -85,11 +89,16 @@ def federation(case, dtype=torch.float32):
         work = replace(work, max_grad_norm=1.2)  # about the median of the norms
     if case == "stopping":
         work = replace(work, local_epochs=6, stopping=Stopping(patience=2, min_delta=0.01, validation=0.3))
-    return Federation(5, data, work, strategy, ROUNDS, 17, "fixed", 2, "fail")
+    pruning = {
+        "tickets": lottery_ticket(rate=0.3, every=1),
+        "pruned": magnitude(sparsity=0.6, end=2, scope="global"),
+        "pruned states": magnitude(sparsity=0.6, end=2),
+    }.get(case)
+    return Federation(5, data, work, strategy, ROUNDS, 17, "fixed", 2, "fail", pruning=pruning)
 
 
 CASES = ["plain", "dropout", "batch norm", "unequal batch norm", "own batch norm", "momentum", "adam", "states"]
-CASES += ["penalties", "clipped"]
+CASES += ["penalties", "clipped", "tickets", "pruned", "pruned states"]
 PLAINLY = ["stopping"]  # trained by the plain loop, by every engine that can
 CHAINS = [case for case in CASES if "norm" not in case and case != "penalties"]
 
@@ -102,4 +111,5 @@ def result(made, engine, state=None):
 
 def tensors(state):
     clients = {f"{k}.{n}": t for k, own in state.clients.items() for n, t in own.items()}
-    return {**state.params, **{f"b.{n}": t for n, t in state.buffers.items()}, **state.server, **clients}
+    pruning = {f"p.{n}": t for n, t in state.pruning.items()}
+    return {**state.params, **{f"b.{n}": t for n, t in state.buffers.items()}, **state.server, **clients, **pruning}

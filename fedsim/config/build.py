@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -32,7 +33,9 @@ from fedsim.models.fixup import fixup, scalar_rates
 from fedsim.models.layers.dropouts import replace_dropout
 from fedsim.models.layers.keyed import key_names, progress_names
 from fedsim.models.zoo import check_model, check_single
-from fedsim.records import Dataset, Indices, Partition
+from fedsim.params import of
+from fedsim.pruning.pruning import Pruning
+from fedsim.records import Dataset, Indices, Params, Partition
 from fedsim.strategies.strategy import Strategy
 from fedsim.training.client import LocalWork
 from fedsim.training.objective import Objective
@@ -140,7 +143,7 @@ def model(config: Config, shape: ModelShape) -> nn.Module:
     Raises:
         ConfigError: it cannot be built.
     """
-    return _model(config, shape, None).model
+    return _model(config, shape, None, _pruning(config)).model
 
 
 class _Made(NamedTuple):
@@ -149,9 +152,14 @@ class _Made(NamedTuple):
     draws: Draws
 
 
-def _model(config: Config, shape: ModelShape, example: Tensor | None) -> _Made:
-    """Build the model, and try it on an example input if there is one; what it draws is known only then."""
-    name, key = config.model.name, rng.fold(config.seed, "model")
+def _model(
+    config: Config, shape: ModelShape, example: Tensor | None, pruning: Pruning | None, key: int | None = None
+) -> _Made:
+    """Build the model, and try it on an example input if there is one; what it draws is known only then.
+
+    key: from which the first parameters are drawn; None: the run's.
+    """
+    name, key = config.model.name, rng.fold(config.seed, "model") if key is None else key
     with rng.torch_seeded(key):
         made = make(config, "models", input_shape=shape.input_shape, num_classes=shape.num_classes)
     found = _of_type(nn.Module, made, "model", config.model, "a torch.nn.Module")
@@ -162,6 +170,10 @@ def _model(config: Config, shape: ModelShape, example: Tensor | None) -> _Made:
         with _blamed_for_batch_norm("freeze"):
             batch_norm.freeze(found)
     objective = _regularized(config, found, rng.fold(key, "regularizers"))
+    if pruning is not None:
+        assert config.pruning is not None  # which it was made of
+        with _blamed_on("pruning", config.pruning), rng.torch_seeded(rng.fold(key, "pruning")):
+            objective = pruning.bind(found, objective)
     with _blamed_on("model", config.model):
         if example is not None:
             seeded = check_model(found, shape.input_shape, shape.num_classes, example, name=name)
@@ -221,14 +233,14 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
         ConfigError: something in the config cannot be built.
         DataError: the data is missing, damaged or does not fit the config.
     """
-    strategy, optimizer, schedule, engine = _without_data(config)
+    strategy, optimizer, schedule, engine, pruning = _without_data(config)
     data = federated_data(config, progress)
     train = config.train
     cohort = data.num_clients if train.clients_per_round == "all" else train.clients_per_round
     if cohort > data.num_clients:
         rule = f"must be <= the number of clients of the split ({data.num_clients})"
         raise ConfigError(f"train.clients_per_round: {rule}, got {cohort}")
-    built, objective, draws = _model(config, shape_of(data), data.train.inputs[0])
+    built, objective, draws = _model(config, shape_of(data), data.train.inputs[0], pruning)
     _check_last_batches(config, data, built)
     pooled, kept = _batch_norms(config, data, built, strategy)
     work = LocalWork(
@@ -259,8 +271,15 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
         on_nan=train.on_nan,
         draws=draws,
         pooled=pooled,
+        pruning=pruning,
+        fresh=partial(_fresh, config, shape_of(data)),
     )
     return made, engine
+
+
+def _fresh(config: Config, shape: ModelShape, key: int) -> tuple[Params, Params]:
+    """First parameters and buffers as another seed would have them."""
+    return of(_model(config, shape, None, _pruning(config), key=key).model)
 
 
 def _batch_norms(
@@ -335,7 +354,13 @@ def _remedy(config: Config, sizes: Indices) -> str:
     return f"{next((size for size in larger if not _leaves_one(sizes, size).any()), 'all')} would leave none"
 
 
-def _without_data(config: Config) -> tuple[Strategy, Optimizer, Schedule, Engine]:
+def _pruning(config: Config) -> Pruning | None:
+    if config.pruning is None:
+        return None
+    return _of_type(Pruning, make(config, "pruning"), "pruning", config.pruning)
+
+
+def _without_data(config: Config) -> tuple[Strategy, Optimizer, Schedule, Engine, Pruning | None]:
     """What can be made, and refused, before any data is loaded."""
     strategy = _of_type(Strategy, make(config, "strategies"), "strategy", config.strategy)
     optimizer = _of_type(Optimizer, make(config, "optimizers"), "train.optimizer", config.train.optimizer)
@@ -345,4 +370,4 @@ def _without_data(config: Config) -> tuple[Strategy, Optimizer, Schedule, Engine
     engine = make(config, "engines")
     if not all(callable(getattr(engine, method, None)) for method in ("prepared", "drive", "describe")):
         raise _wrong(engine, "engine", config.engine, "an Engine, with prepared, drive and describe")
-    return strategy, optimizer, schedule, engine
+    return strategy, optimizer, schedule, engine, _pruning(config)

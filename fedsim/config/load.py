@@ -82,13 +82,13 @@ def resolved(config: Config) -> dict[str, Any]:
 
 
 def components_at(config: Config, kind: Kind) -> list[Component]:
-    """The components of a kind: those of its list, or its one."""
-    if not kind.many:
-        return [component_at(config, kind.path)]
+    """The components of a kind: those of its list, or its one, if there is one."""
     found: Any = config
     for part in kind.path.split("."):
         found = getattr(found, part)
-    return list(found.root)
+    if kind.many:
+        return list(found.root)
+    return [] if found is None else [found]
 
 
 def component_at(config: Config, path: str) -> Component:

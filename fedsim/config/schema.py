@@ -115,7 +115,7 @@ class Config(Section):
     model: Annotated[Component, Slot("models")]
     train: Train = Field(default_factory=Train)
     strategy: Annotated[Component, Slot("strategies")] = Field(default="fedavg", validate_default=True)
-    pruning: None = None
+    pruning: Annotated[Component, Slot("pruning")] | None = None
     transforms: Annotated[list[Any], Field(max_length=0, description="none in this version")] = []
     transfer: None = None
     engine: Annotated[Component, Slot("engines")] = Field(default="local", validate_default=True)

@@ -8,6 +8,7 @@ from fedsim.data.datasets import DATASETS
 from fedsim.data.splits import SPLITS
 from fedsim.engines.table import ENGINES
 from fedsim.models.zoo import MODELS
+from fedsim.pruning.table import PRUNING
 from fedsim.strategies.strategy import STRATEGIES
 from fedsim.training.optimizers import OPTIMIZERS
 from fedsim.training.regularizers import REGULARIZERS
@@ -38,6 +39,7 @@ KINDS: dict[str, Kind] = {
     "regularizers": Kind("model.regularizers", REGULARIZERS, many=True),
     "optimizers": Kind("train.optimizer", OPTIMIZERS),
     "schedules": Kind("train.schedule", SCHEDULES, frozenset({"rounds"})),
+    "pruning": Kind("pruning", PRUNING),
     "strategies": Kind("strategy", STRATEGIES),
     "engines": Kind("engine", ENGINES),
 }

@@ -4,6 +4,7 @@ import platform
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 
 from flwr.app import Context, Message, RecordDict
@@ -14,8 +15,8 @@ from fedsim.deploy import contents as c
 from fedsim.deploy import settings
 from fedsim.deploy.states import States
 from fedsim.engines.flower import messages as m
-from fedsim.records import Broadcast, ClientEvaluation, Examples, Params
-from fedsim.training import kept
+from fedsim.records import Broadcast, ClientEvaluation, Examples, Masks, Params
+from fedsim.training import kept, masking
 from fedsim.training.client import LocalWork, train_client
 from fedsim.training.evaluate import score
 
@@ -68,7 +69,7 @@ def client_app(of: Callable[[Context], Participant]) -> ClientApp:
         who = of(context)
         facts = c.read_facts(message.content)
         _refuse_other_settings(who, facts)
-        broadcast = m.read_train(message.content)[0]
+        broadcast = m.read_train(message.content, partial(_known, who, facts))[0]
         state = who.states.before(facts.run, broadcast.round + 1) or {}
         return Message(c.with_scores(RecordDict(), _scores(who, broadcast, broadcast.round, state)), reply_to=message)
 
@@ -95,18 +96,26 @@ def _train(who: Participant, content: RecordDict) -> RecordDict:
     """Evaluate the model as it comes, if asked to, and train it."""
     facts = c.read_facts(content)
     _refuse_other_settings(who, facts)
-    broadcast, client, key = m.read_train(content)
+    broadcast, client, key = m.read_train(content, partial(_known, who, facts))
     if client != who.client:
         raise ValueError(f"got a message for client {client}, being {who.client}")
-    state = who.states.before(facts.run, broadcast.round)
+    held = who.states.before(facts.run, broadcast.round)
+    state = None if held is None else masking.without_known(held)
     scores = _scores(who, broadcast, broadcast.round - 1, state or {}) if facts.evaluate else None
     if state is None:
         state = who.work.rule.init(broadcast.params)
     result = train_client(who.work, broadcast, client, who.train, state=state, key=key)
-    who.states.keep(facts.run, broadcast.round, result.state)
+    who.states.keep(facts.run, broadcast.round, {**result.state, **masking.remembered(broadcast.masks)})
     told = f"loss {result.metrics['train_loss']:.4f}"
     who.say(f"round {broadcast.round}: trained on {result.num_examples} examples, {told}")
-    return c.with_scores(m.update_content(replace(result, state={})), scores)
+    return c.with_scores(
+        m.update_content(replace(result, state={}), None if broadcast.probe else broadcast.masks), scores
+    )
+
+
+def _known(who: Participant, facts: c.RunFacts, round: int) -> Masks | None:
+    """The server's masks as this client had them when the round began."""
+    return masking.known(who.states.before(facts.run, round) or {})
 
 
 def _scores(who: Participant, broadcast: Broadcast, round: int, state: Params) -> ClientEvaluation | None:

@@ -24,7 +24,7 @@ from fedsim.engines.flower import messages as m
 from fedsim.engines.folding import alone, blocks, fold, join
 from fedsim.errors import RunError
 from fedsim.federation import Federation, RoundResult
-from fedsim.records import Broadcast, ClientEvaluation, ClientUpdate, CohortUpdate, ServerState, StackedUpdate
+from fedsim.records import Broadcast, ClientEvaluation, ClientUpdate, CohortUpdate, Params, ServerState, StackedUpdate
 from fedsim.training.evaluate import score
 
 
@@ -82,7 +82,12 @@ def serve(
         cohort: list[int] = rounds.cohort(federation, round).tolist()
         here = members.wait(min(rules.min_clients, len(cohort)), rules.wait_s, cohort)
         nodes = {client: here.get(client) for client in cohort}
-        broadcast = rounds.broadcast(federation, state, round)
+        changed = rounds.pruned(federation, state, round, _no_probe)
+        if pending is not None and changed is not state:  # what comes next is not the model that clients are to score
+            on_round(_with_clients(federation, pending, _ask_all(federation, state, members, rules)))
+            pending = None
+        state = changed
+        broadcast = rounds.broadcast(federation, state, round, cohort)
         asked = pending is not None and rounds.evaluates(federation, round - 1)
         replies = _train(federation, broadcast, nodes, members, rules, evaluate=asked)
         if pending is not None:
@@ -95,6 +100,10 @@ def serve(
     return state
 
 
+def _no_probe(at: Params) -> Params:
+    raise RunError("pruning asks for gradients, which clients on separate machines are not asked for yet")
+
+
 def _train(
     federation: Federation,
     broadcast: Broadcast,
@@ -105,11 +114,13 @@ def _train(
     evaluate: bool,
 ) -> Replies:
     """Send the model to the cohort, and read and check what comes back. ``nodes``: None for a client that is away."""
-    packed, round = m.pack_broadcast(broadcast), broadcast.round
+    packed, round = m.packed_for(broadcast, [k for k, node in nodes.items() if node is not None]), broadcast.round
     facts = replace(members.facts, evaluate=evaluate)
     key = rounds.round_key(federation, round)
     here = {client: node for client, node in nodes.items() if node is not None}
-    contents = {node: c.with_facts(m.train_content(packed, k, client_key(key, k)), facts) for k, node in here.items()}
+    contents = {
+        node: c.with_facts(m.train_content(packed[k], k, client_key(key, k)), facts) for k, node in here.items()
+    }
     replies = members.post.exchange(contents, c.TRAIN, rules.round_timeout_s, str(round))
     failed = {client: "not connected" for client in nodes if client not in here}
     updates, sizes, evaluations = {}, {}, []
@@ -191,7 +202,7 @@ def _scored(
 
     Where clients keep a part of the model, the server has none to test after the first round.
     """
-    record = replace(rounds.unevaluated(state.round, result), failed=failed)
+    record = replace(rounds.unevaluated(state, result), failed=failed)
     if rounds.evaluates(federation, state.round) and not (federation.work.kept and state.round):
         loss, accuracy = score(federation.work.model, state.params, state.buffers, federation.data.test).mean()
         record = replace(record, loss=loss, accuracy=accuracy)

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from fedsim import params as p
-from fedsim import wire
 from fedsim.engines.engine import REMEDY, Job
 from fedsim.errors import DivergedError, RunError
 from fedsim.records import Broadcast, ClientUpdate, CohortUpdate, Indices, Params, StackedUpdate
+from fedsim.strategies.aggregators import Aggregator
 from fedsim.strategies.strategy import weight
 
 BLOCKS = 16  # a small cohort is cut into about so many: enough to share out evenly over the cores of one machine
 LONGEST = 64  # clients; bounds what a block holds in memory, whatever the cohort
+_HOLDERS = "holders/"  # beside an update in a fold: 1 where its client's masks hold an entry
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,8 @@ def blocks(offsets: Indices, clients: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(order[start : start + length]) for start in range(0, len(order), length)]
 
 
-def alone(update: ClientUpdate, bytes_up: int | None = None) -> StackedUpdate:
-    """A client's result as a stack of one; ``bytes_up`` None: what the dense codec makes of it."""
-    if bytes_up is None:
-        bytes_up = wire.update_bytes(update.update, update.buffers, tuple(update.metrics))
+def alone(update: ClientUpdate, bytes_up: int) -> StackedUpdate:
+    """A client's result as a stack of one."""
     return StackedUpdate(
         clients=(update.client,),
         update=p.as_stack(update.update),
@@ -68,7 +67,8 @@ def alone(update: ClientUpdate, bytes_up: int | None = None) -> StackedUpdate:
         num_examples=(update.num_examples,),
         metrics={name: (value,) for name, value in update.metrics.items()},
         states=p.as_stack(update.state),
-        bytes_up=bytes_up,
+        bytes_up=(bytes_up,),
+        kept=p.as_stack(update.kept),
     )
 
 
@@ -102,7 +102,9 @@ def join(job: Job, broadcast: Broadcast, parts: Iterable[Part], *, bytes_down: i
         The cohort's update. Metrics are means weighted by examples. Floating-point buffers move by the mean of the
         clients' moves; integer buffers (batch-norm counters) keep the broadcast's value, since the mean of a count
         means nothing. Of ``job.pooled`` variances come out as of all clients' examples together:
-        ``sum_k p_k (var_k + mu_k^2) - mu^2`` with the clients' shares p_k and the mean mu of their means.
+        ``sum_k p_k (var_k + mu_k^2) - mu^2`` with the clients' shares p_k and the mean mu of their means. Where
+        clients have masks m_k of their own, an entry moves by ``sum_k p_k m_k u_k / sum_k p_k m_k``, the mean over
+        those that hold it, and not at all if nobody does.
     """
     aggregate = job.strategy.aggregator
     whole = Part(aggregate.start(), aggregate.start(), (), (), {}, {}, 0)
@@ -119,7 +121,7 @@ def join(job: Job, broadcast: Broadcast, parts: Iterable[Part], *, bytes_down: i
     done = sorted(whole.done)
     examples = sum(count for _, count in done)
     return CohortUpdate(
-        update=aggregate.finish(whole.updates),
+        update=_of_holders(aggregate, whole.updates),
         buffers=_advanced(broadcast.buffers, _pooled(job, broadcast, aggregate.finish(whole.buffers))),
         clients=tuple(client for client, _ in done),
         num_examples=tuple(count for _, count in done),
@@ -136,7 +138,7 @@ def _added(job: Job, part: Part, result: StackedUpdate, moved: Params, lanes: li
     everybody = len(lanes) == len(result.clients)
     counts = [result.num_examples[i] for i in lanes]
     shares = [weight(job.strategy.weighting, count) for count in counts]
-    update, buffers = (own if everybody else p.lanes(own, lanes) for own in (result.update, moved))
+    update, buffers = (own if everybody else p.lanes(own, lanes) for own in (_with_holders(result), moved))
     metrics = part.metrics
     for i in lanes:  # one after another, so that stacking changes no bit of a sum
         metrics = _plus(metrics, {name: values[i] * result.num_examples[i] for name, values in result.metrics.items()})
@@ -150,8 +152,24 @@ def _added(job: Job, part: Part, result: StackedUpdate, moved: Params, lanes: li
         skipped=part.skipped + tuple(client for i, client in enumerate(result.clients) if i not in lanes),
         metrics=metrics,
         states={**part.states, **kept},
-        bytes_up=part.bytes_up + result.bytes_up,
+        bytes_up=part.bytes_up + sum(result.bytes_up),
     )
+
+
+def _with_holders(result: StackedUpdate) -> Params:
+    """The updates, with who holds what beside them as numbers, so that one fold takes both means."""
+    held = {_HOLDERS + name: mask.to(result.update[name].dtype) for name, mask in result.kept.items()}
+    return {**result.update, **held} if held else result.update
+
+
+def _of_holders(aggregate: Aggregator, folded: Any) -> Params | None:
+    """Means over all clients turned into means over the holders of each entry."""
+    mean = aggregate.finish(folded)
+    if mean is None or not aggregate.linear or not any(name.startswith(_HOLDERS) for name in mean):
+        return mean
+    moves = {name: tensor for name, tensor in mean.items() if not name.startswith(_HOLDERS)}
+    shares = {name: mean[_HOLDERS + name] for name in moves if _HOLDERS + name in mean}
+    return {n: torch.where(shares[n] > 0, m / shares[n], 0.0) if n in shares else m for n, m in moves.items()}
 
 
 def _plus(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:

@@ -26,11 +26,12 @@ class Loop:
 
         def train(client: int) -> StackedUpdate:
             state = states.get(client) or self.job.strategy.local.init(broadcast.params)
-            return alone(self._train(broadcast, client, state, client_key(key, client)))
+            update = self._train(broadcast, client, state, client_key(key, client))
+            return alone(update, wire.sent_up(update, broadcast))
 
         cohort = blocks(self.job.data.partition.offsets, clients)
         parts = (fold(self.job, broadcast, (train(client) for client in block)) for block in cohort)
-        return join(self.job, broadcast, parts, bytes_down=wire.broadcast_bytes(broadcast) * len(clients))
+        return join(self.job, broadcast, parts, bytes_down=wire.sent_down(broadcast, clients))
 
     def _train(self, broadcast: Broadcast, client: int, state: Params, key: int) -> ClientUpdate:
         data = self.job.data.client(client)

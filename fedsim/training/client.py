@@ -16,7 +16,7 @@ from fedsim import params as p
 from fedsim import rng
 from fedsim.models.layers.keyed import step_keys
 from fedsim.records import Broadcast, ClientUpdate, Examples, Params
-from fedsim.training import kept
+from fedsim.training import kept, masking
 from fedsim.training.clipping import clipped
 from fedsim.training.local_rule import LocalRule
 from fedsim.training.objective import PLAIN, Objective, Start, penalised, watched
@@ -156,14 +156,17 @@ def gradient(
     return dict(zip(leaves, grads, strict=True)), loss.detach()
 
 
-def corrected(work: LocalWork, grads: Params, local: Params, broadcast: Broadcast, state: Params) -> Params:
-    """What the optimizer is given: what the strategy makes of the gradients, clipped. Those of tensors that stay with
-    the client are none of the strategy's business.
+def corrected(
+    work: LocalWork, grads: Params, local: Params, broadcast: Broadcast, state: Params, *, pruned: Params
+) -> Params:
+    """What the optimizer is given: what the strategy makes of the gradients, 0 where pruned, clipped. Those of tensors
+    that stay with the client are none of the strategy's business.
 
     state: of the rule alone.
     """
     sent, held = (kept.shared(tensors, work.kept) for tensors in (grads, local))
-    return clipped({**grads, **work.rule.correct(sent, held, broadcast, state)}, work.max_grad_norm)
+    made = masking.zeroed({**grads, **work.rule.correct(sent, held, broadcast, state)}, pruned)
+    return clipped(made, work.max_grad_norm)
 
 
 def train_client(
@@ -171,8 +174,9 @@ def train_client(
 ) -> ClientUpdate:
     """Train from the global parameters on one client's data.
 
-    ``w <- optimizer(w, clip(rule.correct(grad objective(w; batch))))`` for every batch of every local epoch, from a
-    fresh optimizer state, with the step size that the schedule gives this round.
+    ``w <- m * optimizer(w, clip(m * rule.correct(grad objective(w; batch))))`` for every batch of every local epoch,
+    from a fresh optimizer state, with the step size that the schedule gives this round; m are the client's masks, if
+    any. A broadcast that is a probe is answered by :func:`probed`.
 
     Args:
         work: what to do, the same for all clients.
@@ -191,10 +195,17 @@ def train_client(
     Source: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data",
         algorithm 1, ClientUpdate. Differs: none for plain SGD and the plain rule.
     """
+    if broadcast.probe:
+        return probed(work, broadcast, client, data, state=state, key=key)
     with rng.torch_seeded(key) if work.seeded else nullcontext():
         work.model.train()
-        own, state = kept.own(work.model, work.kept, state), kept.rule_state(state)
-        local = {**broadcast.params, **own.params}
+        own, ticket, pruned = (
+            kept.own(work.model, work.kept, state),
+            masking.ticket(state),
+            masking.pruned(broadcast, state),
+        )
+        state = kept.rule_state(state)
+        local = masking.zeroed({**broadcast.params, **own.params}, pruned)
         buffers = {name: b.clone() for name, b in {**broadcast.buffers, **own.buffers}.items()}
         optimizer_state = work.optimizer.init(local)
         factor = work.schedule(broadcast.round)
@@ -204,8 +215,9 @@ def train_client(
         for indices in batches(len(trained), work.batch_size, work.local_epochs, key):
             layer_keys = layer_inputs(work, rng.fold(key, "step", steps), broadcast.round)
             grads, loss = gradient(work, local, buffers, trained.take(indices), layer_keys, start=start)
-            grads = corrected(work, grads, local, broadcast, state)
+            grads = corrected(work, grads, local, broadcast, state, pruned=pruned)
             local, optimizer_state = work.optimizer.step(local, grads, optimizer_state, steps + 1, factor)
+            local = masking.zeroed(local, pruned)
             loss_sum += loss.double() * len(indices)
             seen, steps = seen + len(indices), steps + 1
             if work.stopping is not None and seen % len(trained) == 0:
@@ -218,11 +230,47 @@ def train_client(
             metrics["epochs"] = seen / len(trained)
             local, buffers, _, steps = best.reached
         held = kept.shared(local, work.kept)
+        state = work.rule.finish(held, broadcast, state, steps)
         return ClientUpdate(
             client=client,
-            update=p.sub(held, broadcast.params),
+            update=masking.zeroed(p.sub(held, broadcast.params), pruned),
             buffers=kept.shared(buffers, work.kept),
             num_examples=len(data),
             metrics=metrics,
-            state=work.rule.finish(held, broadcast, state, steps) | kept.as_state(local | buffers, work.kept),
+            state=state | kept.as_state(local | buffers, work.kept) | masking.as_state(ticket),
+            mask_version=masking.version(broadcast),
+            kept=ticket,
+        )
+
+
+def probed(
+    work: LocalWork, broadcast: Broadcast, client: int, data: Examples, *, state: Params, key: int
+) -> ClientUpdate:
+    """The gradient of the objective at the global parameters, over all of a client's examples; nothing is trained.
+
+    It is what training mode has it be, batch by batch, and it is dense: pruned entries have a gradient, too.
+
+    Args, returns: as for :func:`train_client`, but ``update`` = - gradient; buffers and state stay as they were.
+    """
+    with rng.torch_seeded(key) if work.seeded else nullcontext():
+        work.model.train()
+        local = {**broadcast.params, **kept.own(work.model, work.kept, state).params}
+        held = kept.own(work.model, work.kept, state).buffers
+        start, total = Start(broadcast.params, len(data)), p.zeros_like(broadcast.params)
+        loss_sum = torch.zeros((), dtype=torch.float64)
+        for step, indices in enumerate(batches(len(data), work.batch_size, 1, key)):
+            buffers = {name: b.clone() for name, b in {**broadcast.buffers, **held}.items()}
+            layer_keys = layer_inputs(work, rng.fold(key, "step", step), broadcast.round)
+            grads, loss = gradient(work, local, buffers, data.take(indices), layer_keys, start=start)
+            total = p.add_scaled(total, kept.shared(grads, work.kept), len(indices) / len(data))
+            loss_sum += loss.double() * len(indices)
+        metrics = {"train_loss": float(loss_sum) / len(data)}
+        return ClientUpdate(
+            client=client,
+            update=p.scale(total, -1.0),
+            buffers=broadcast.buffers,
+            num_examples=len(data),
+            metrics=metrics,
+            state=state,
+            mask_version=masking.version(broadcast),
         )

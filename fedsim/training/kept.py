@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fedsim.records import Params
+from fedsim.training.masking import KNOWN, TICKET
 
 PREFIX = "kept/"  # no parameter's name begins like this unless a module's name has a slash in it
 
@@ -47,4 +48,4 @@ def as_state(tensors: Params, kept: Sequence[str]) -> Params:
 
 def rule_state(state: Params) -> Params:
     """What the strategy's local rule has in a client's state."""
-    return {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
+    return {name: tensor for name, tensor in state.items() if not name.startswith((PREFIX, TICKET, KNOWN))}

@@ -9,7 +9,7 @@ from torch import Tensor
 from fedsim import params as p
 from fedsim import rng
 from fedsim.records import IGNORED, Broadcast, Examples, Params
-from fedsim.training import kept
+from fedsim.training import kept, masking
 from fedsim.training.client import LocalWork
 from fedsim.training.local_rule import no_state, same_state
 from fedsim.training.steps import Lanes, Now, Step, copies
@@ -57,12 +57,13 @@ def group_of(work: LocalWork, rows: Tensor, sizes: tuple[int, ...], keys: Tensor
 
 @dataclass(frozen=True)
 class Trained:
-    """Lanes of a group after training: updates and buffers (clients, *shape), mean training loss, states."""
+    """Lanes of a group after training: updates and buffers (clients, *shape), mean training loss, states, tickets."""
 
     update: Params
     buffers: Params
     train_loss: tuple[float, ...]
     states: Params
+    kept: Params
 
 
 def train_stacked(work: LocalWork, step: Step, broadcast: Broadcast, pool: Examples, group: Group) -> Trained:
@@ -88,7 +89,10 @@ def train_stacked(work: LocalWork, step: Step, broadcast: Broadcast, pool: Examp
     local = step.copies(broadcast.params, clients) | p.stack([one.params for one in own])
     buffers = copies(broadcast.buffers, clients) | p.stack([one.buffers for one in own])
     states = p.stack([kept.rule_state(state) for state in group.states])
-    lanes = Lanes(local, buffers, work.optimizer.init(local), states)
+    tickets = p.stack([masking.ticket(state) for state in group.states])
+    pruned = masking.stacked(broadcast, group.states)
+    masking.zero_(local, pruned)
+    lanes = Lanes(local, buffers, work.optimizer.init(local), states, pruned)
     table, active, means = group.table, lanes, list[Tensor]()
     sizes = torch.tensor(group.sizes, device=group.step_keys.device)
     for t, n in enumerate(table.active):
@@ -96,9 +100,11 @@ def train_stacked(work: LocalWork, step: Step, broadcast: Broadcast, pool: Examp
             active = lanes.first(n)
         keys = rng.fold_tensor(group.step_keys[:n], t) if work.key_names else group.step_keys[:n]
         means.append(step.take(active, Now(_batch(pool, table, t), keys, t + 1, broadcast, sizes[:n])))
-    states = _finished(work, lanes, broadcast, group) | kept.as_state(local | buffers, work.kept)
+    states = _finished(work, lanes, broadcast, group)
+    states |= kept.as_state(local | buffers, work.kept) | masking.as_state(tickets)
     update = {name: local[name].sub_(sent) for name, sent in broadcast.params.items()}
-    return Trained(update, kept.shared(buffers, work.kept), _mean_losses(work, means, group), states)
+    masking.zero_(update, pruned)
+    return Trained(update, kept.shared(buffers, work.kept), _mean_losses(work, means, group), states, tickets)
 
 
 def _batch(pool: Examples, table: Timetable, t: int) -> Examples:

@@ -15,6 +15,7 @@ from torch.func import grad_and_value, vmap
 
 from fedsim import params as p
 from fedsim.records import Broadcast, Examples, Params
+from fedsim.training import masking
 from fedsim.training.chain import Chain, chain_of
 from fedsim.training.client import LocalWork, corrected, gradient, layer_inputs, objective_at
 from fedsim.training.local_rule import same_grads
@@ -27,17 +28,23 @@ Gradient = Callable[..., tuple[Params, Tensor]]  # (local, buffers, batch, layer
 
 @dataclass(frozen=True)
 class Lanes:
-    """What clients hold while they train: tensors (clients, *shape), changed in place by every step."""
+    """What clients hold while they train: tensors (clients, *shape), changed in place by every step.
+
+    pruned: true where a parameter is 0 and stays 0; {} if nothing is pruned. Never changed.
+    """
 
     local: Params
     buffers: Params
     optimizer: OptimizerState
     states: Params
+    pruned: Params
 
     def first(self, n: int) -> "Lanes":
         """The first n clients (views)."""
-        local, buffers, states = (p.lanes(own, slice(n)) for own in (self.local, self.buffers, self.states))
-        return Lanes(local, buffers, {part: p.lanes(own, slice(n)) for part, own in self.optimizer.items()}, states)
+        own = (self.local, self.buffers, self.states, self.pruned)
+        local, buffers, states, pruned = (p.lanes(tensors, slice(n)) for tensors in own)
+        optimizer = {part: p.lanes(tensors, slice(n)) for part, tensors in self.optimizer.items()}
+        return Lanes(local, buffers, optimizer, states, pruned)
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,7 @@ def _by_gradient(work: LocalWork, find: Gradient, lanes: Lanes, now: Now) -> Ten
     grads, losses = find(lanes.local, lanes.buffers, now.batch, now.inputs(work), start=start)
     grads = _corrected(work, grads, lanes, now.broadcast)
     work.optimizer.step_(lanes.local, grads, lanes.optimizer, now.t, work.schedule(now.broadcast.round))
+    masking.zero_(lanes.local, lanes.pruned)
     return losses
 
 
@@ -116,7 +124,9 @@ def _folded(work: LocalWork, chain: Chain, lanes: Lanes, now: Now) -> Tensor:
     folded = work.optimizer.folded
     assert folded is not None  # as step_of saw
     lr, batch, decay = folded.lr * work.schedule(now.broadcast.round), now.batch, folded.weight_decay
-    return chain.step_(lanes.local, batch.inputs, batch.labels, now.inputs(work), lr=lr, weight_decay=decay)
+    losses = chain.step_(lanes.local, batch.inputs, batch.labels, now.inputs(work), lr=lr, weight_decay=decay)
+    masking.zero_(lanes.local, lanes.pruned)  # from 0, plain SGD goes where the gradient says, and nowhere without one
+    return losses
 
 
 def _changes_gradients(work: LocalWork) -> bool:
@@ -127,14 +137,15 @@ def _changes_gradients(work: LocalWork) -> bool:
 def _corrected(work: LocalWork, grads: Params, lanes: Lanes, broadcast: Broadcast) -> Params:
     """What the optimizer is given for each client."""
     if not _changes_gradients(work):
-        return grads
+        return masking.zeroed(grads, lanes.pruned)
 
-    def one(grads: Params, local: Params, state: Params) -> Params:
-        return corrected(work, grads, local, broadcast, state)
+    def one(grads: Params, local: Params, state: Params, pruned: Params) -> Params:
+        return corrected(work, grads, local, broadcast, state, pruned=pruned)
 
+    lanewise = (grads, lanes.local, lanes.states, lanes.pruned)
     if next(iter(grads.values())).shape[0] == 1:
-        return p.as_stack(one(p.lanes(grads, 0), p.lanes(lanes.local, 0), p.lanes(lanes.states, 0)))
-    mapped: Params = vmap(one)(grads, lanes.local, lanes.states)
+        return p.as_stack(one(*(p.lanes(tensors, 0) for tensors in lanewise)))
+    mapped: Params = vmap(one)(*lanewise)
     return mapped
 
 

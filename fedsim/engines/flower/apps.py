@@ -17,6 +17,7 @@ from fedsim.engines.flower.process import RUN_ID, SERVER_NODE, quiet_log, task_i
 from fedsim.engines.folding import alone, blocks, fold, join
 from fedsim.errors import ClientError
 from fedsim.records import Broadcast, ClientUpdate, CohortUpdate, Examples, Params, StackedUpdate
+from fedsim.training import masking
 from fedsim.training.client import train_client
 from fedsim.training.evaluate import Scores, score
 
@@ -33,13 +34,14 @@ def client_app(job: Job) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        broadcast, client, key = m.read_train(message.content)
+        held = m.read_state(context.state)
+        broadcast, client, key = m.read_train(message.content, lambda _: masking.known(held))
         if client != context.node_config["partition-id"]:
             raise ValueError(f"got a message for client {client}, being {context.node_config['partition-id']}")
-        state = m.read_state(context.state) or job.strategy.local.init(broadcast.params)
+        state = masking.without_known(held) or job.strategy.local.init(broadcast.params)
         result = train_client(job.work, broadcast, client, job.data.client(client), state=state, key=key)
-        context.state = m.state_content(result.state)
-        return Message(m.update_content(result), reply_to=message)
+        context.state = m.state_content({**result.state, **masking.remembered(broadcast.masks)})
+        return Message(m.update_content(result, None if broadcast.probe else broadcast.masks), reply_to=message)
 
     return app
 
@@ -61,7 +63,8 @@ class GridCohorts:
 
     nodes: node id of each client.
     states: ``context.state`` by node, where the server can reach it. The round loop owns all client states, because it
-        saves them with its checkpoints: they are laid down here before a client trains, and taken away after.
+        saves them with its checkpoints: they are laid down here before a client trains, and taken away after. So are
+        the masks that a client knows already.
     """
 
     grid: Grid
@@ -73,14 +76,15 @@ class GridCohorts:
         self, broadcast: Broadcast, clients: Sequence[int], states: Mapping[int, Params], key: int
     ) -> CohortUpdate:
         """See ``Cohorts.run_cohort``. Bytes are those of message contents as Flower serialises them."""
-        packed = m.pack_broadcast(broadcast)
+        packed, known = m.packed_for(broadcast, clients), masking.remembered(broadcast.masks)
         cohort = blocks(self.job.data.partition.offsets, clients)
-        contents = {k: m.train_content(packed, k, client_key(key, k)) for block in cohort for k in block}
+        contents = {k: m.train_content(packed[k], k, client_key(key, k)) for block in cohort for k in block}
+        laid = {k: states.get(k, {}) | ({} if k in broadcast.unaware else known) for k in clients}
 
         def results(block: Sequence[int]) -> Iterator[StackedUpdate]:
             for start in range(0, len(block), CHUNK):
                 chunk = {k: contents[k] for k in block[start : start + CHUNK]}
-                self.states.update({self.nodes[k]: m.state_content(states.get(k, {})) for k in chunk})
+                self.states.update({self.nodes[k]: m.state_content(laid[k]) for k in chunk})
                 for client, content in self._exchange(chunk, broadcast.round):
                     yield alone(self._update(content, broadcast, client), m.content_bytes(content))
 
@@ -110,7 +114,7 @@ class GridCohorts:
 
     def _update(self, content: RecordDict, broadcast: Broadcast, client: int) -> ClientUpdate:
         """The update of a reply, with the state that its client keeps."""
-        state = m.read_state(self.states.pop(self.nodes[client], RecordDict()))
+        state = masking.without_known(m.read_state(self.states.pop(self.nodes[client], RecordDict())))
         try:
             return replace(m.read_update(content, broadcast, client), state=state)
         except ValueError as error:

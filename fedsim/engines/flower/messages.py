@@ -7,6 +7,7 @@ What stays on a client, its state, is a record of ordinary arrays in ``context.s
 
 import functools
 import math
+from collections.abc import Iterable
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import array_to_proto, recorddict_to_proto
@@ -14,7 +15,7 @@ from flwr.common.serde import array_to_proto, recorddict_to_proto
 from fedsim import params as p
 from fedsim import wire
 from fedsim.engines.flower.arrays import encoded_length
-from fedsim.records import Broadcast, ClientUpdate, Params
+from fedsim.records import Broadcast, ClientUpdate, Masks, Params
 
 STYPE = "fedsim.safetensors"
 STATE = "fedsim.state"  # name of the record in a client's context.state
@@ -22,9 +23,19 @@ _TENSORS, _ORDER = "fedsim.tensors", "fedsim.order"  # names of records
 _BLOB = "blob"
 
 
-def pack_broadcast(broadcast: Broadcast) -> ArrayRecord:
-    """What all clients of a round get, encoded once; it may go into any number of contents."""
-    return _pack(wire.encode_broadcast(broadcast))
+def pack_broadcast(broadcast: Broadcast, *, with_masks: bool = True) -> ArrayRecord:
+    """What all clients of a round get, encoded once; it may go into any number of contents.
+
+    with_masks: False for clients that know this version of the masks.
+    """
+    return _pack(wire.encode_broadcast(broadcast, with_masks=with_masks))
+
+
+def packed_for(broadcast: Broadcast, clients: Iterable[int]) -> dict[int, ArrayRecord]:
+    """What each client gets: with the masks if it does not know them, without otherwise."""
+    unaware = set(broadcast.unaware)
+    make = functools.cache(lambda told: pack_broadcast(broadcast, with_masks=told))
+    return {client: make(client in unaware) for client in clients}
 
 
 def train_content(packed: ArrayRecord, client: int, key: int) -> RecordDict:
@@ -38,11 +49,13 @@ def train_content(packed: ArrayRecord, client: int, key: int) -> RecordDict:
     return RecordDict({_TENSORS: packed, _ORDER: ConfigRecord({"client": client, "key": key})})
 
 
-def read_train(content: RecordDict) -> tuple[Broadcast, int, int]:
+def read_train(content: RecordDict, known: wire.Known = wire.nothing_known) -> tuple[Broadcast, int, int]:
     """Broadcast, client and key of :func:`train_content`.
 
+    known: round -> masks that the client had from earlier messages when it began.
+
     Raises:
-        ValueError: not such a content.
+        ValueError: not such a content, or it needs masks that the client does not have.
     """
     order = content.get(_ORDER)
     if not isinstance(order, ConfigRecord):
@@ -50,12 +63,12 @@ def read_train(content: RecordDict) -> tuple[Broadcast, int, int]:
     client, key = order.get("client"), order.get("key")
     if not isinstance(client, int) or not isinstance(key, int):
         raise ValueError(f"the message's client and key must be integers, got {client!r} and {key!r}")
-    return wire.decode_broadcast(_unpack(content)), client, key
+    return wire.decode_broadcast(_unpack(content), known), client, key
 
 
-def update_content(update: ClientUpdate) -> RecordDict:
-    """Content of a client's reply."""
-    return RecordDict({_TENSORS: _pack(wire.encode_update(update))})
+def update_content(update: ClientUpdate, masks: Masks | None = None) -> RecordDict:
+    """Content of a client's reply. ``masks``: of the server, which the update keeps to."""
+    return RecordDict({_TENSORS: _pack(wire.encode_update(update, masks))})
 
 
 def read_update(content: RecordDict, broadcast: Broadcast, client: int) -> ClientUpdate:
@@ -69,7 +82,7 @@ def read_update(content: RecordDict, broadcast: Broadcast, client: int) -> Clien
     Raises:
         ValueError: not such a content, or one that does not answer this broadcast to this client.
     """
-    update = wire.decode_update(_unpack(content))
+    update = wire.decode_update(_unpack(content), broadcast.masks)
     if update.client != client:
         raise ValueError(f"the update is of client {update.client}")
     if update.num_examples < 1:
@@ -78,6 +91,9 @@ def read_update(content: RecordDict, broadcast: Broadcast, client: int) -> Clien
         raise ValueError("metrics have no train_loss")
     p.check_alike(update.update, broadcast.params)
     p.check_alike(update.buffers, broadcast.buffers)
+    kept = update.kept or ({} if broadcast.masks is None or broadcast.probe else broadcast.masks.kept)
+    if wrong := [name for name, mask in kept.items() if bool(update.update[name][~mask].any())]:
+        raise ValueError(f"{wrong[0]}: the update has numbers where the masks have none")
     return update
 
 

@@ -110,7 +110,10 @@ class Local:
 def on(broadcast: Broadcast, device: torch.device) -> Broadcast:
     """The broadcast on a device."""
     params, buffers, extra = (p.to(own, device) for own in (broadcast.params, broadcast.buffers, broadcast.extra))
-    return Broadcast(params, buffers, extra, broadcast.round)
+    masks = broadcast.masks
+    if masks is not None:
+        masks = replace(masks, kept=p.to(masks.kept, device))
+    return replace(broadcast, params=params, buffers=buffers, extra=extra, masks=masks)
 
 
 def back(update: CohortUpdate) -> CohortUpdate:

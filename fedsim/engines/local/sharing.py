@@ -40,7 +40,7 @@ def trained(
 ) -> CohortUpdate:
     """What a cohort comes to. ``train`` gives the parts of all tasks, in the order of their blocks."""
     parts = train(tasks_of(job, plan, clients))
-    return join(job, broadcast, parts, bytes_down=wire.broadcast_bytes(broadcast) * len(clients))
+    return join(job, broadcast, parts, bytes_down=wire.sent_down(broadcast, clients))
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Trainer:
         Raises:
             ClientError: a client's training failed, or diverged.
         """
-        if self.job.work.stopping is not None:
+        if self.job.work.stopping is not None or broadcast.probe:
             blocks = (block for task in tasks for block in task)
             yield from (fold(self.job, broadcast, self._plainly(broadcast, own, states, key, watch)) for own in blocks)
             return
@@ -92,7 +92,7 @@ class Trainer:
             seeded = rng.torch_seeded(client_key(key, own[0])) if work.seeded else nullcontext()
             with _naming(broadcast.round, own), seeded:
                 trained = train_stacked(work, self.step, broadcast, pool, whole.lanes(start, end))
-            yield _stacked_update(own, whole.sizes[start:end], trained)
+            yield _stacked_update(broadcast, own, whole.sizes[start:end], trained)
 
     def _plainly(
         self, broadcast: Broadcast, clients: Sequence[int], states: Mapping[int, Params], key: int, watch: Watch
@@ -104,7 +104,7 @@ class Trainer:
             data, state = self.job.data.client(client), states.get(client) or fresh
             with _naming(broadcast.round, [client]):
                 trained = train_client(self.job.work, broadcast, client, data, state=state, key=client_key(key, client))
-            yield alone(trained)
+            yield alone(trained, wire.sent_up(trained, broadcast))
 
     def _group(self, broadcast: Broadcast, clients: Sequence[int], states: Mapping[int, Params], key: int) -> Group:
         """Batches, keys and states of these clients."""
@@ -162,8 +162,9 @@ def rows_of(partition: Partition, clients: Sequence[int], sizes: Sequence[int]) 
     return rows
 
 
-def _stacked_update(clients: Sequence[int], sizes: tuple[int, ...], trained: Trained) -> StackedUpdate:
-    update, buffers = p.lanes(trained.update, 0), p.lanes(trained.buffers, 0)
+def _stacked_update(
+    broadcast: Broadcast, clients: Sequence[int], sizes: tuple[int, ...], trained: Trained
+) -> StackedUpdate:
     return StackedUpdate(
         clients=tuple(clients),
         update=trained.update,
@@ -171,8 +172,19 @@ def _stacked_update(clients: Sequence[int], sizes: tuple[int, ...], trained: Tra
         num_examples=sizes,
         metrics={"train_loss": trained.train_loss},
         states=trained.states,
-        bytes_up=len(clients) * wire.update_bytes(update, buffers, ("train_loss",)),
+        bytes_up=_bytes_up(broadcast, len(clients), trained),
+        kept=trained.kept,
     )
+
+
+def _bytes_up(broadcast: Broadcast, clients: int, trained: Trained) -> tuple[int, ...]:
+    """What each client sends. Without masks of their own all send as much."""
+
+    def of(lane: int) -> int:
+        update, buffers, kept = (p.lanes(own, lane) for own in (trained.update, trained.buffers, trained.kept))
+        return wire.update_bytes(update, buffers, ("train_loss",), masks=broadcast.masks, kept=kept)
+
+    return tuple(map(of, range(clients))) if trained.kept else (of(0),) * clients
 
 
 def _of(results: Sequence[StackedUpdate], block: set[int]) -> Iterator[StackedUpdate]:
@@ -192,7 +204,8 @@ def _cut(result: StackedUpdate, lanes: slice) -> StackedUpdate:
         num_examples=result.num_examples[lanes],
         metrics={name: values[lanes] for name, values in result.metrics.items()},
         states=p.lanes(result.states, lanes),
-        bytes_up=result.bytes_up // len(result.clients) * len(clients),
+        bytes_up=result.bytes_up[lanes],
+        kept=p.lanes(result.kept, lanes),
     )
 
 

@@ -1,0 +1,1 @@
+"""Pruning: which entries of a model are removed, when, and by whom."""
