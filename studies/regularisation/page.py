@@ -74,7 +74,8 @@ def _methods(rows: Sequence[Row]) -> str:
     lines = [
         "## Every method\n",
         "![The gap between training and test loss](regularisation-gaps.svg)\n",
-        "Final global model in evaluation mode, mean ± sample deviation over seeds.\n",
+        "Final global model in evaluation mode, mean ± sample deviation over seeds. A gap is also small where",
+        "training itself got worse: hold accuracies against that of the plain model of the same kind.\n",
         "| method | federation | test accuracy, % | test loss | gap to training loss |",
         "|---|---|---|---|---|",
     ]
@@ -115,7 +116,8 @@ def _depth(rows: Sequence[Row]) -> str:
         curves = [row["train_losses"] for row in group if row["status"] == "finished"]
         means = ", ".join(f"{fmean(step):.4g}" for step in zip(*curves, strict=True))
         gone = len(group) - len(curves)
-        lines.append(f"| {variant} | {means}{f' ({gone} of {len(group)} diverged)' * (gone > 0)} |")
+        told = f"{gone} of {len(group)} diverged" if gone else ""
+        lines.append(f"| {variant} | {f'{means} ({told})' if means and told else means or told} |")
     return "\n".join([*lines, ""])
 
 
@@ -150,7 +152,7 @@ def _plot_gaps(rows: Sequence[Row], file: Path) -> None:
         axes.plot([-claims.gap(row) for row in own], places, marker, markersize=4, label=federation)
     axes.set(yticks=range(len(order)), yticklabels=order, xlabel="test loss - training loss, nats")
     axes.grid(axis="x", alpha=0.3)
-    _save(figure, axes, file)
+    _save(figure, axes, file, legend="lower right")
 
 
 def _plot_samples(rows: Sequence[Row], file: Path) -> None:
@@ -162,6 +164,8 @@ def _plot_samples(rows: Sequence[Row], file: Path) -> None:
         curve = [fmean(losses) for losses in zip(*(row["train_losses"] for row in group), strict=True)]
         axes.plot(range(1, len(curve) + 1), curve, label=f"{variant} sample{'s' * (variant != '1')}, IID")
     axes.set(xlabel="round", ylabel="training loss, nats", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3)
     _save(figure, axes, file)
 
@@ -186,9 +190,9 @@ def _plot_heads(rows: Sequence[Row], file: Path) -> None:
     _save(figure, axes, file)
 
 
-def _save(figure: Any, axes: Any, file: Path) -> None:
+def _save(figure: Any, axes: Any, file: Path, legend: str = "best") -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc=legend)
     plt.rcParams["svg.hashsalt"] = file.stem  # else every drawing has other names inside
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
