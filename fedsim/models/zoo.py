@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from fedsim import params as p
 from fedsim import rng
 from fedsim.errors import ConfigError
+from fedsim.models.cifarnet import m_cifarnet, m_cifarnet_small
 from fedsim.models.convolutional import cnn, conv_2, conv_4, conv_6
 from fedsim.models.fractal import fractal
 from fedsim.models.layers.dropouts import unkeyed
@@ -212,5 +213,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet-20": resnet_20,
     "residual-mlp": residual_mlp,
     "fractal": fractal,
+    "m-cifarnet": m_cifarnet,
+    "m-cifarnet-small": m_cifarnet_small,
     "char-lstm": char_lstm,
 }

@@ -22,10 +22,13 @@ SMALL = {  # parameters that keep the tests quick; the others run as they are
     "resnet": {"depth": 8, "norm": "batch"},
     "residual-mlp": {"depth": 2, "width": 6, "norm": "batch"},
     "fractal": {"channels": [4, 6], "norm": "batch"},
+    "m-cifarnet": {"channels": [4, 5, 6]},
+    "m-cifarnet-small": {"channels": [3, 4, 5]},
     "char-lstm": {"embedding": 3, "hidden": 5},
 }
 FLAT = ["linear", "mlp", "2nn", "lenet-300-100", "residual-mlp"]
 IMAGES = ["cnn", "conv-2", "conv-4", "conv-6", "resnet", "resnet-8", "resnet-20", "fractal"]
+IMAGES += ["m-cifarnet", "m-cifarnet-small"]
 STACKABLE = [name for name in MODELS if name != "char-lstm"]  # torch has no rule for its LSTM: see test_recurrent
 
 
@@ -72,6 +75,8 @@ def test_the_groups_of_these_tests_cover_the_table() -> None:
             {"channels": [16, 32], "norm": "none"},
             3 * 448 + 4 * 2_320 + 3 * 4_640 + 4 * 9_248 + 330,
         ),
+        ("m-cifarnet", CIFAR, 10, {}, 1_291_968 + 2 * 1_088 + 1_930),
+        ("m-cifarnet-small", DIGITS, 10, {"norm": "none"}, 144 + 80_640 + 272 + 490),
         ("char-lstm", (80,), 258, {}, 867_090),
     ],
 )
