@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from fedsim.api import Sweep as Sweep
     from fedsim.api import baseline as baseline
     from fedsim.api import bench as bench
+    from fedsim.api import inspect as inspect
     from fedsim.api import load as load
     from fedsim.api import load_sweep as load_sweep
+    from fedsim.api import prune as prune
     from fedsim.api import resume as resume
     from fedsim.api import resume_sweep as resume_sweep
     from fedsim.api import run as run
@@ -30,8 +32,10 @@ __all__ = [
     "Sweep",
     "baseline",
     "bench",
+    "inspect",
     "load",
     "load_sweep",
+    "prune",
     "resume",
     "resume_sweep",
     "run",

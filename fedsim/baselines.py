@@ -30,8 +30,8 @@ def centralised(federation: Federation) -> Federation:
 
 
 def _of_one(federation: Federation) -> Federation:
-    work = replace(federation.work, kept=())
-    return replace(federation, work=work, clients_per_round=1, sampling="fixed")
+    work = replace(federation.work, kept=(), tickets=None)
+    return replace(federation, work=work, clients_per_round=1, sampling="fixed", compression=None)
 
 
 def train_centralised(
@@ -91,7 +91,8 @@ def merged(all_alone: Sequence[Alone]) -> Iterator[Line]:
     """The rounds of all clients side by side, as the lines of a run folder.
 
     ``loss`` and ``accuracy`` are means over clients of their own models' on everybody's held-out data; the
-    ``client_accuracy_*`` are of each client's own model on the client's own held-out data. Nothing is sent.
+    ``client_accuracy_*`` are of each client's own model on the client's own held-out data. ``sparsity`` and
+    ``remaining`` are means, too: of one method, all prune in the same rounds. Nothing is sent.
     """
     for records in zip(*(one.records for one in all_alone), strict=True):
         round = records[0].round
@@ -105,6 +106,8 @@ def merged(all_alone: Sequence[Alone]) -> Iterator[Line]:
             seconds=sum(r.seconds for r in records),
             bytes_up=0,
             bytes_down=0,
+            sparsity=_mean([r.sparsity for r in records]),
+            remaining={name: sum(r.remaining[name] for r in records) / len(records) for name in records[0].remaining},
         )
         yield with_spread(record, np.array([e.accuracy for e in evaluations])), evaluations
 

@@ -4,8 +4,8 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -17,8 +17,8 @@ from fedsim.data import heterogeneity
 from fedsim.data.federated import FederatedData
 from fedsim.errors import FedsimError, RunError
 from fedsim.federation import RoundResult
-from fedsim.records import ClientEvaluation, RoundRecord, ServerState
-from fedsim.summary import Metrics, Status, summarize
+from fedsim.records import ClientEvaluation, Params, RoundRecord, ServerState
+from fedsim.summary import Metrics, Status, last_pruned, summarize
 
 SPLIT_DETAIL_CLIENTS = 2000  # split.json lists every client up to here
 FINGERPRINT_ENTRIES = 4_000_000  # of the inputs that are hashed; keeps it well under a second
@@ -30,10 +30,22 @@ Kind = Literal["federated", "centralised", "alone"]
 
 
 @dataclass(frozen=True)
+class Weight:
+    """A parameter that can be pruned, as it is before anything is.
+
+    uses: multiply-accumulates of each of its entries for one example; None if that is not known.
+    """
+
+    shape: tuple[int, ...]
+    uses: int | None
+
+
+@dataclass(frozen=True)
 class Facts:
     """What summary.json says of a run beside its results. ``rounds`` is the planned number.
 
     kind: of training; the last two are the baselines.
+    parameters: before any pruning. weights: what can be pruned, by parameter name; {} of a run that does not prune.
     """
 
     name: str
@@ -45,6 +57,7 @@ class Facts:
     num_classes: int
     rounds: int
     target_accuracy: float | None
+    weights: Mapping[str, Weight] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -153,7 +166,7 @@ class Recording:
 
     def _write(self, status: Status, error: str | None = None) -> None:
         whole = self.rounds[: self.state.round]  # a signal may have come between a record and its state
-        content = _summary(self.facts, whole, self.initial, status, error)
+        content = _summary(self.facts, whole, self.initial, status, error=error, params=self.state.params)
         runs.write_json(self.folder / "summary.json", content)
 
 
@@ -163,9 +176,15 @@ def _slim(record: RoundRecord) -> RoundRecord:
 
 
 def _summary(
-    facts: Facts, rounds: Sequence[RoundRecord], initial: Metrics | None, status: Status, error: str | None = None
+    facts: Facts,
+    rounds: Sequence[RoundRecord],
+    initial: Metrics | None,
+    status: Status,
+    *,
+    error: str | None = None,
+    params: Params | None = None,
 ) -> dict[str, Any]:
-    """Everything in summary.json."""
+    """Everything in summary.json. params: of the last round, for a run that prunes."""
     return {
         "format": runs.FORMAT,
         "name": facts.name,
@@ -179,8 +198,25 @@ def _summary(
             "parameters": facts.parameters,
             "input_shape": list(facts.input_shape),
             "num_classes": facts.num_classes,
+            **_of_pruning(facts, rounds, params or {}),
         },
     }
+
+
+def _of_pruning(facts: Facts, rounds: Sequence[RoundRecord], params: Params) -> dict[str, Any]:
+    """What is left of the model, and what could be pruned; nothing for a run that does not prune.
+
+    Masks leave a parameter its shape, the removal of channels does not, so entries are counted as the parameters are
+    now, and of each that can be pruned as many as remain of what it was.
+    """
+    if not facts.weights:
+        return {}
+    record = last_pruned(rounds)
+    remaining = {} if record is None else record.remaining
+    left = {name: share * math.prod(facts.weights[name].shape) for name, share in remaining.items()}
+    whole = sum(tensor.numel() for name, tensor in params.items() if name not in left)
+    weights = {name: asdict(weight) for name, weight in facts.weights.items()}
+    return {"parameters_left": round(whole + sum(left.values())), "weights": weights}
 
 
 def record_rounds(

@@ -105,7 +105,8 @@ class Broadcast:
 
     masks: of the server, which owns them; the parameters have been pruned by them already. None: nothing is pruned.
     unaware: clients of this round that have not been sent this version of the masks yet.
-    probe: clients are to return the gradient at these parameters, and not to train.
+    probe: clients are to return the gradient at these parameters, or the Hessian times a direction that ``extra``
+        brings, and not to train.
     """
 
     params: Params
@@ -139,6 +140,7 @@ class ClientUpdate:
 
     mask_version: of the server's masks that it trained with; 0 if there were none.
     kept: the client's own masks, if it has any: bool tensors by parameter name. The update is 0 elsewhere.
+    coded: the update as the bytes that are sent of it, where they are not its tensors as they are; else empty.
     """
 
     client: int
@@ -149,6 +151,7 @@ class ClientUpdate:
     state: Params
     mask_version: int = 0
     kept: Params = field(default_factory=dict)
+    coded: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,7 @@ class RoundRecord:
     epochs: that clients trained before they stopped early, mean weighted by examples; None where they cannot.
     sparsity: share of prunable weights that was pruned while the clients trained; None without pruning.
     remaining: share of each layer's weights that was not: parameter name -> share.
+    overlap: where clients have masks of their own, and the two above are means over them: mean Jaccard index of pairs.
     failed: on separate machines, why a client of the cohort contributed nothing: client -> reason.
     client_accuracy_*: mean, standard deviation and mean of the worst tenth, over clients with held-out examples.
     """
@@ -229,6 +233,7 @@ class RoundRecord:
     epochs: float | None = None
     sparsity: float | None = None
     remaining: Mapping[str, float] = field(default_factory=dict)
+    overlap: float | None = None
     client_accuracy_mean: float | None = None
     client_accuracy_std: float | None = None
     client_accuracy_worst_tenth: float | None = None

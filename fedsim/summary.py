@@ -1,7 +1,8 @@
 """What a run comes to: final and best metrics, totals, rounds to target."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 from fedsim.records import RoundRecord
@@ -36,15 +37,36 @@ def rounds_to_target(evaluated: Sequence[Metrics], target: float) -> float | Non
     >>> rounds_to_target([Metrics(0, None, 0.1), Metrics(1, None, 0.5), Metrics(2, None, 0.7)], 0.6)
     1.5
     """
-    best_round, best = None, float("-inf")
-    for point in evaluated:
-        if point.accuracy is None:
+    return _reached([(point.round, point.accuracy) for point in evaluated], target)
+
+
+def bytes_to_target(rounds: Sequence[RoundRecord], evaluated: Sequence[Metrics], target: float) -> float | None:
+    """Bytes sent in both directions when the best accuracy so far first reached the target.
+
+    As :func:`rounds_to_target`, with what was sent up to and including round r_i in place of r_i. That is where the
+    curve of accuracy by traffic crosses the target.
+
+    Args:
+        rounds: every round from the first one on.
+        evaluated, target: as for :func:`rounds_to_target`; round 0 has sent nothing.
+
+    Returns:
+        Bytes, or None if the target was not reached.
+    """
+    total = accumulate(r.bytes_up + r.bytes_down for r in rounds)
+    sent = {0: 0} | {r.round: so_far for r, so_far in zip(rounds, total, strict=True)}
+    return _reached([(sent[point.round], point.accuracy) for point in evaluated], target)
+
+
+def _reached(points: Iterable[tuple[int, float | None]], target: float) -> float | None:
+    """Where on the first axis the running maximum of the second reaches the target."""
+    best_at, best = None, float("-inf")
+    for at, accuracy in points:
+        if accuracy is None:
             continue
-        if point.accuracy >= target:
-            if best_round is None:
-                return float(point.round)
-            return best_round + (target - best) / (point.accuracy - best) * (point.round - best_round)
-        best_round, best = point.round, max(best, point.accuracy)
+        if accuracy >= target:
+            return float(at) if best_at is None else best_at + (target - best) / (accuracy - best) * (at - best_at)
+        best_at, best = at, max(best, accuracy)
     return None
 
 
@@ -81,5 +103,17 @@ def summarize(
     }
     if target is not None:
         points = [initial, *evaluated] if initial else evaluated
-        result |= {"target_accuracy": target, "rounds_to_target": rounds_to_target(points, target)}
+        result |= {
+            "target_accuracy": target,
+            "rounds_to_target": rounds_to_target(points, target),
+            "bytes_to_target": bytes_to_target(rounds, points, target),
+        }
+    pruned = last_pruned(rounds)
+    if pruned is not None:
+        result |= {"sparsity": pruned.sparsity, "remaining": dict(pruned.remaining)}
     return result
+
+
+def last_pruned(rounds: Sequence[RoundRecord]) -> RoundRecord | None:
+    """The last round of which a sparsity is known; None if nothing was pruned."""
+    return next((record for record in reversed(rounds) if record.sparsity is not None), None)

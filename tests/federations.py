@@ -15,6 +15,10 @@ from fedsim.models.layers.dropouts import Dropout
 from fedsim.models.layers.keyed import key_names
 from fedsim.pruning.lottery import lottery_ticket
 from fedsim.pruning.magnitude import magnitude
+from fedsim.pruning.rigl import rigl
+from fedsim.pruning.saliency import grasp, snip
+from fedsim.pruning.structured import l1_filter
+from fedsim.pruning.tickets import personal_tickets
 from fedsim.records import Examples, Partition
 from fedsim.strategies.server_rules import ServerRule
 from fedsim.strategies.strategy import fedavg
@@ -23,6 +27,8 @@ from fedsim.training.client import LocalWork
 from fedsim.training.local_rule import LocalRule
 from fedsim.training.optimizers import adam, sgd
 from fedsim.training.stopping import Stopping
+from fedsim.transforms.compression import qsgd, quantise, random_k, top_k
+from fedsim.transforms.transform import compose
 
 CLIENTS, ROUNDS, FEATURES, CLASSES = 24, 3, 5, 3
 
@@ -75,7 +81,7 @@ def federation(case, dtype=torch.float32):
     nobody = Partition(np.zeros(CLIENTS + 1, dtype=np.int64), np.zeros(0, dtype=np.int64))
     tested = Partition(np.arange(CLIENTS + 1), rng.permutation(9, 30).numpy()[:CLIENTS]) if "own" in case else nobody
     data = FederatedData(train, test, owners, tested, test, CLASSES, ())
-    strategy = control() if case in ("states", "own batch norm", "stopping", "pruned states") else fedavg(server_lr=0.9)
+    strategy = control() if case in STATEFUL else fedavg(server_lr=0.9)
     momentum = sgd(lr=0.1, momentum=0.9, weight_decay=0.01)
     optimizers = {"momentum": momentum, "pruned": momentum, "adam": adam(lr=0.01), "tickets": adam(lr=0.01)}
     optimizer = optimizers.get(case, sgd(lr=0.1))
@@ -87,19 +93,37 @@ def federation(case, dtype=torch.float32):
         work = replace(work, kept=batch_norm.tensors(model))
     if case == "clipped":
         work = replace(work, max_grad_norm=1.2)  # about the median of the norms
-    if case == "stopping":
+    if case in PLAINLY:
         work = replace(work, local_epochs=6, stopping=Stopping(patience=2, min_delta=0.01, validation=0.3))
     pruning = {
         "tickets": lottery_ticket(rate=0.3, every=1),
         "pruned": magnitude(sparsity=0.6, end=2, scope="global"),
         "pruned states": magnitude(sparsity=0.6, end=2),
+        "filters": l1_filter(sparsity=0.5, at=1),
+        "filters states": l1_filter(sparsity=0.3, at=2),
+        "snip": snip(sparsity=0.5),
+        "grasp": grasp(sparsity=0.5),
+        "rigl": rigl(sparsity=0.5, every=1, share=0.5, until=1.0),
+        "own tickets": personal_tickets(rate=0.3, target=0.5, threshold=0.4, validation=0.25),
+        "own coded tickets": personal_tickets(rate=0.3, target=0.5, threshold=0.4, validation=0.25),
     }.get(case)
-    return Federation(5, data, work, strategy, ROUNDS, 17, "fixed", 2, "fail", pruning=pruning)
+    work = replace(work, tickets=pruning and pruning.tickets)
+    sent = compose(TRANSFORMED.get(case, []))
+    return Federation(5, data, work, strategy, ROUNDS, 17, "fixed", 2, "fail", pruning=pruning, compression=sent)
 
 
 CASES = ["plain", "dropout", "batch norm", "unequal batch norm", "own batch norm", "momentum", "adam", "states"]
-CASES += ["penalties", "clipped", "tickets", "pruned", "pruned states"]
-PLAINLY = ["stopping"]  # trained by the plain loop, by every engine that can
+CASES += ["penalties", "clipped", "tickets", "pruned", "pruned states", "own tickets", "snip", "grasp", "rigl"]
+CASES += ["filters", "filters states"]
+TRANSFORMED = {
+    "top-k": [top_k(fraction=0.2)],
+    "quantised": [random_k(fraction=0.5), qsgd()],
+    "coded stopping": [top_k(fraction=0.3)],
+    "own coded tickets": [top_k(fraction=0.3), quantise()],
+}
+CASES += [case for case in TRANSFORMED if "stopping" not in case]
+STATEFUL = ("states", "own batch norm", "stopping", "pruned states", "filters states", "top-k")
+PLAINLY = ["stopping", "coded stopping"]  # trained by the plain loop, by every engine that can
 CHAINS = [case for case in CASES if "norm" not in case and case != "penalties"]
 
 

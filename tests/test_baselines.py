@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import fedsim
-from fedsim.baselines import centralised, each_alone, merged, train_centralised
+from fedsim.baselines import Alone, centralised, each_alone, merged, train_centralised
 from fedsim.config import build, load
 from fedsim.errors import ConfigError, DataError
 from fedsim.federation import start
+from fedsim.records import Broadcast, RoundRecord
 from fedsim.rng import fold
 from fedsim.runs import open_run
 from fedsim.training.client import train_client
@@ -69,7 +70,7 @@ def test_a_client_alone_trains_on_its_own_examples_in_every_round():
     client, state = 3, start(federation)
     seed = fold(federation.seed, "alone", client)
     for record in found[client].records:
-        from_here = type("B", (), {"params": state.params, "buffers": {}, "extra": {}, "round": record.round})
+        from_here = Broadcast(state.params, {}, {}, record.round)
         key = fold(seed, "round", record.round, "client", 0)
         update = train_client(federation.work, from_here, 0, federation.data.client(client), state={}, key=key)
         params = {n: p + update.update[n] for n, p in state.params.items()}
@@ -104,6 +105,32 @@ def test_the_baselines_of_a_config_are_two_folders(tmp_path, monkeypatch):
     for run in (both.centralised, both.alone):
         with pytest.raises(DataError, match="a baseline has no checkpoint and cannot be resumed"):
             fedsim.resume(run.folder, rounds=9)
+
+
+@pytest.mark.parametrize(
+    ("pruning", "sparsity"),
+    [
+        ({"name": "l1-filter", "at": 1, "sparsity": 0.5}, 0.5),
+        ({"name": "lottery-ticket", "every": 1, "rate": 0.4}, 0.6),
+    ],
+)
+def test_baselines_prune_as_the_federation_does(pruning, sparsity, tmp_path):
+    both = fedsim.baseline({**CONFIG, "pruning": pruning, "output": str(tmp_path)})
+    for run in (both.centralised, both.alone):
+        first, second, third = run.rounds
+        assert first.sparsity is None and not first.remaining and second.remaining.keys() == third.remaining.keys()
+        assert second.remaining and all(0 < share < 1 for share in second.remaining.values())
+        assert 0.3 < second.sparsity <= third.sparsity < sparsity + 0.1
+    assert both.centralised.model()(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_what_is_left_of_all_alone_is_a_mean_over_clients():
+    def one(client, sparsity, **remaining):
+        record = RoundRecord(1, None, None, None, 1, 0.0, 0, 0, sparsity=sparsity, remaining=remaining)
+        return Alone(client, (record,), ())
+
+    ((record, _),) = merged([one(0, 0.25, a=0.5, b=1.0), one(1, 0.75, a=0.25, b=0.25)])
+    assert record.sparsity == 0.5 and record.remaining == {"a": 0.375, "b": 0.625}
 
 
 def test_what_the_engine_refuses_is_said_before_a_folder_is_made(tmp_path):

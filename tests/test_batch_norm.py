@@ -294,7 +294,9 @@ def test_a_pooled_variance_is_never_negative(seed, clients):
     mean = 100 * rng.normal(seed, 50).expand(clients, 50)
     buffers = {"mean": mean, "var": torch.zeros(clients, 50)}
     counts = (1 + 9 * rng.uniform(seed + 1, clients)).long().tolist()
-    stack = StackedUpdate(tuple(range(clients)), {"w": torch.zeros(clients, 1)}, buffers, tuple(counts), {}, {}, (0,) * clients)
+    stack = StackedUpdate(
+        tuple(range(clients)), {"w": torch.zeros(clients, 1)}, buffers, tuple(counts), {}, {}, (0,) * clients
+    )
     sent = Broadcast({"w": torch.zeros(1)}, {"mean": torch.ones(50), "var": torch.zeros(50)}, {}, 1)
     pooling = replace(job(federation(kept=False)), pooled=(("mean", "var"),))
     found = join(pooling, sent, [fold(pooling, sent, [stack])], bytes_down=0)

@@ -50,6 +50,14 @@ def test_the_ten_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
     assert float(capsys.readouterr().out.split()[0]) > 0.2
 
 
+def test_the_config_with_shorter_updates_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (config,) = blocks("docs/compression.md", "yaml")
+    Path("short.yaml").write_text(config)
+    run = fedsim.run("short.yaml", {"train.rounds": 1})
+    assert run.rounds[-1].bytes_up < 0.1 * run.rounds[-1].bytes_down
+
+
 def test_files_that_the_pages_name_are_there():
     pages = ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
     for page in pages:

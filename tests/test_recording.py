@@ -24,6 +24,7 @@ from fedsim.recording import (
     SPLIT_DETAIL_CLIENTS,
     Facts,
     Recording,
+    Weight,
     Written,
     due,
     record_rounds,
@@ -81,6 +82,22 @@ def recorded(folder, *rounds, on_round=ignore, error=None, clock=None):
             recording.take(result(round, round / 10))
         if error is not None:
             raise error
+
+
+@pytest.mark.parametrize(
+    ("now", "remaining", "left"),
+    [((4, 6), {}, 24 + 4), ((4, 6), {"a": 0.25}, 6 + 4), ((3, 5), {"a": 0.625}, 15 + 3), ((4, 6), {"a": 1.0}, 24 + 4)],
+)
+def test_what_is_left_of_a_model_counts_masks_and_removed_channels(folder, now, remaining, left):
+    facts = replace(FACTS, parameters=28, weights={"a": Weight((4, 6), 9)})
+    record = RoundRecord(1, 0.5, 0.5, None, 2, 0.1, 5, 6, sparsity=0.5 if remaining else None, remaining=remaining)
+    params = {"a": torch.ones(now), "b": torch.ones(now[0])}
+    with Recording(folder, facts, state(0), ignore, Clock()) as recording:
+        recording.take(RoundResult(ServerState(1, params, {}), record, ()))
+    found = summary(folder)
+    assert (found["model"]["parameters"], found["model"]["parameters_left"]) == (28, left)
+    assert found["model"]["weights"] == {"a": {"shape": [4, 6], "uses": 9}}
+    assert found.get("remaining", {}) == remaining
 
 
 def test_a_whole_run_is_finished_with_its_model_and_summary(folder):

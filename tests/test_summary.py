@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedsim.records import RoundRecord
-from fedsim.summary import Metrics, rounds_to_target, summarize
+from fedsim.summary import Metrics, bytes_to_target, rounds_to_target, summarize
 
 accuracies = st.lists(st.integers(0, 1000).map(lambda i: i / 1000), min_size=2, max_size=12)
 gaps = st.lists(st.integers(1, 5), min_size=12, max_size=12)
@@ -91,6 +91,38 @@ def test_the_target_counts_from_the_untrained_model():
     assert result["target_accuracy"] == 0.15 and result["rounds_to_target"] == pytest.approx(0.5)
     assert summarize(ROUNDS, None, planned=4, target=0.15)["rounds_to_target"] == 1.0
     assert summarize(ROUNDS, None, planned=4, target=0.9)["rounds_to_target"] is None
+
+
+@given(accuracies, gaps, st.lists(st.integers(0, 99), min_size=61, max_size=61), st.floats(0.001, 1))
+@settings(deadline=None, max_examples=200)
+def test_bytes_to_target_are_where_accuracy_by_traffic_crosses_it(accuracy, gap, sizes, target):
+    """On the running maximum against what was sent, by numpy, with rounds between evaluations that cost as they do."""
+    curve = points(accuracy, gap)
+    made = [record(r, None, bytes_up=sizes[r], bytes_down=3 + r % 5) for r in range(1, curve[-1].round + 1)]
+    sent = np.concatenate([[0], np.cumsum([r.bytes_up + r.bytes_down for r in made])])
+    best = np.maximum.accumulate(accuracy)
+    found = bytes_to_target(made, curve, target)
+    if target > best[-1]:
+        assert found is None
+        return
+    first = int(np.argmax(best >= target))
+    at = [sent[curve[i].round] for i in (max(first - 1, 0), first)]
+    expected = at[1] if first == 0 else np.interp(target, best[first - 1 : first + 1], at)
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_bytes_to_target_are_in_the_summary():
+    result = summarize(ROUNDS, Metrics(0, 2.3, 0.1), planned=4, target=0.45)
+    assert result["bytes_to_target"] == pytest.approx(17 + 0.5 * 27)
+    assert summarize(ROUNDS, None, planned=4, target=0.9)["bytes_to_target"] is None
+
+
+def test_the_sparsity_is_the_last_one_that_a_round_tells():
+    first = record(1, 0.2, sparsity=0.125, remaining={"a": 0.75})
+    pruned = [first, record(2, 0.3, sparsity=0.25, remaining={"a": 0.5}), record(3, None)]
+    result = summarize(pruned, None, planned=3, target=None)
+    assert (result["sparsity"], result["remaining"]) == (0.25, {"a": 0.5})
+    assert not {"sparsity", "remaining"} & summarize(ROUNDS, None, planned=4, target=None).keys()
 
 
 def test_a_run_without_rounds_has_a_summary_too():

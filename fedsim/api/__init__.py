@@ -2,6 +2,8 @@
 
 from fedsim.api.baselining import Baselines, baseline
 from fedsim.api.benching import Bench, bench
+from fedsim.api.inspecting import Inspection, inspect
+from fedsim.api.pruning import Pruned, prune
 from fedsim.api.running import Run, load, resume, run
 from fedsim.api.splitting import Split, split
 from fedsim.api.sweep_folder import Sweep, load_sweep
@@ -11,14 +13,18 @@ from fedsim.api.verifying import Verification, verify
 __all__ = [
     "Baselines",
     "Bench",
+    "Inspection",
+    "Pruned",
     "Run",
     "Split",
     "Sweep",
     "Verification",
     "baseline",
     "bench",
+    "inspect",
     "load",
     "load_sweep",
+    "prune",
     "resume",
     "resume_sweep",
     "run",

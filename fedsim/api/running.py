@@ -1,7 +1,7 @@
 """Run a config, resume a run, open a finished one."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from fedsim.errors import ConfigError, DataError
 from fedsim.federation import Federation, RoundResult, start
 from fedsim.federation import run as run_rounds
 from fedsim.params import of
+from fedsim.pruning.fitting import fitted
 from fedsim.recording import OnRound, Recording
-from fedsim.records import ClientEvaluation, RoundRecord, ServerState
+from fedsim.records import ClientEvaluation, Params, RoundRecord, ServerState
 
 OnStart = Callable[["Run", Federation], None]
 OnResult = Callable[[RoundResult], None]
@@ -75,10 +76,28 @@ class Run:
             config = config_files.check(folder.config())
             module = build.model(config, build.ModelShape(tuple(shape["input_shape"]), shape["num_classes"]))
             folders.warn_of_other_code(config, folder)
+            if build.removes_channels(config):
+                module = _fitted(module, tensors, tuple(shape["input_shape"]))
         params, buffers = of(module)
         folders.check_fits({**params, **buffers}, tensors, folder.path)
         module.load_state_dict(tensors, strict=False)  # of a weight that has two names in a module, one is saved
         return module.eval()
+
+
+def _with_model(federation: Federation, tensors: Params) -> Federation:
+    """The federation with the model as it is after pruning."""
+    if federation.pruning is None or not federation.pruning.removes:
+        return federation
+    model = _fitted(federation.work.model, tensors, build.shape_of(federation.data).input_shape)
+    return replace(federation, work=replace(federation.work, model=model))
+
+
+def _fitted(module: nn.Module, tensors: Params, input_shape: tuple[int, ...]) -> nn.Module:
+    """The module with as few channels as pruning has left; as it is where that is not what differs."""
+    try:
+        return fitted(module, tensors, input_shape)
+    except ValueError:
+        return module
 
 
 def load(folder: str | Path) -> Run:
@@ -181,8 +200,8 @@ def resume(
         folders.warn_of_other_code(checked, opened)
         if loop is simulated:
             engine = folders.prepared(engine, federation, opened.environment().get("engine", {}))
-        fresh = start(federation)
         saved = {**state.params, **state.buffers}
+        fresh = start(_with_model(federation, saved))
         folders.check_fits({**fresh.params, **fresh.buffers}, saved, opened.path / "checkpoint")
         runs.trim(opened.path, state.round)
         runs.forget_end(opened.path)

@@ -119,7 +119,7 @@ class _Comparison:
     @property
     def _by_others(self) -> bool:
         """Whether held-out loss and accuracy are of those clients that answered, on machines of their own."""
-        return self.apart and bool(self.federation.work.kept)
+        return self.apart and self.federation.work.personal
 
     def _add(self, found: list[Difference]) -> None:
         self.found += found

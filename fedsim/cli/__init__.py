@@ -12,7 +12,7 @@ import click
 import typer
 
 from fedsim import __version__
-from fedsim.cli import certifying, checking, deploying, flower_running, looking, running, sweeping
+from fedsim.cli import certifying, checking, deploying, flower_running, inspecting, looking, pruning, running, sweeping
 from fedsim.errors import ConfigError, FedsimError
 
 INTERRUPTED = 130
@@ -28,6 +28,8 @@ app = typer.Typer(
 running.add_to(app)
 sweeping.add_to(app)
 checking.add_to(app)
+inspecting.add_to(app)
+pruning.add_to(app)
 looking.add_to(app)
 certifying.add_to(app)
 deploying.add_to(app)

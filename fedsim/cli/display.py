@@ -1,5 +1,6 @@
 """What a run shows while it goes on: live bars on a terminal, plain lines elsewhere; a table at the end."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ from rich.progress import TimeRemainingColumn as EtaColumn
 from rich.table import Table
 
 from fedsim.records import RoundRecord
-from fedsim.report.numbers import ABSENT, percent, size
+from fedsim.report.numbers import ABSENT, number, percent, size
 
 
 class _Console(Console):
@@ -29,6 +30,10 @@ def console() -> Console:
 
 def _sent(rounds: Sequence[RoundRecord]) -> int:
     return sum(record.bytes_up + record.bytes_down for record in rounds)
+
+
+def _sparsity(record: RoundRecord) -> str:
+    return "" if record.sparsity is None else f"sparsity {percent(record.sparsity, 1)}  "
 
 
 class Display(Protocol):
@@ -85,7 +90,7 @@ class Lines:
         loss = ABSENT if record.loss is None else f"{record.loss:.4f}"
         self.line(
             f"round {record.round}/{self.total}  accuracy {percent(record.accuracy)}  loss {loss}  "
-            f"clients {record.clients}  sent {size(self.sent)}  {record.seconds:.2f} s"
+            f"{_sparsity(record)}clients {record.clients}  sent {size(self.sent)}  {record.seconds:.2f} s"
         )
 
     def line(self, text: str) -> None:
@@ -146,13 +151,23 @@ class Live:
             self.shown = f"accuracy {percent(record.accuracy)}"
         if self.rounds is not None:
             time = "in" if record.round == self.bars.tasks[self.rounds].total else "eta"
-            facts = f"{self.shown}  {record.clients} clients  {size(self.sent)}  {time}"
+            facts = f"{self.shown}  {_sparsity(record)}{record.clients} clients  {size(self.sent)}  {time}"
             self.bars.update(self.rounds, completed=record.round, facts=facts)
 
 
 def for_console(console: Console) -> Display:
     """Live bars on a terminal, plain lines elsewhere."""
     return Live(console) if console.is_terminal else Lines(console)
+
+
+def _pruned(sparsity: float, summary: dict[str, Any]) -> str:
+    """How many of the weights that can be pruned are gone."""
+    sizes = {name: math.prod(weight["shape"]) for name, weight in summary["model"].get("weights", {}).items()}
+    if not sizes:
+        return f"{percent(sparsity)} of weights"
+    remaining = summary["remaining"]
+    gone = sum((1 - remaining[name]) * count for name, count in sizes.items() if name in remaining)
+    return f"{number(round(gone))} of {number(sum(sizes[name] for name in remaining))} weights ({percent(sparsity)})"
 
 
 def result_table(summary: dict[str, Any]) -> Table:
@@ -169,6 +184,8 @@ def result_table(summary: dict[str, Any]) -> Table:
         reached = summary["rounds_to_target"]
         after = "not reached" if reached is None else f"after {reached:.2f} rounds, interpolated"
         rows.append((f"{percent(summary['target_accuracy'])} accuracy", after))
+    if (sparsity := summary.get("sparsity")) is not None:
+        rows.append(("pruned", _pruned(sparsity, summary)))
     rows += [
         ("sent", f"{size(totals['bytes_up'])} up, {size(totals['bytes_down'])} down"),
         ("time", f"{totals['seconds']:.1f} s"),

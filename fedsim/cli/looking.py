@@ -162,8 +162,8 @@ def _split_rows(facts: dict[str, Any], classes: list[str]) -> list[dict[str, str
 def list_components(kind: str = typer.Argument("all", metavar="[KIND]", hidden=True)) -> None:
     """List what a config can name: components and their keys.
 
-    KIND is one of keys, datasets, splits, models, regularizers, optimizers, schedules, strategies, engines; without
-    it all are listed. After each key stand its type, its range and its default.
+    KIND is one of keys, datasets, splits, models, regularizers, optimizers, schedules, pruning, transforms, strategies,
+    engines; without it all are listed. After each key stand its type, its range and its default.
     """
     from fedsim.config import catalogue
     from fedsim.config.tables import KINDS

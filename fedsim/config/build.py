@@ -38,12 +38,15 @@ from fedsim.pruning.pruning import Pruning
 from fedsim.records import Dataset, Indices, Params, Partition
 from fedsim.strategies.strategy import Strategy
 from fedsim.training.client import LocalWork
+from fedsim.training.local_rule import no_state, same_state
+from fedsim.training.masking import Tickets
 from fedsim.training.objective import Objective
 from fedsim.training.optimizers import Optimizer
 from fedsim.training.regularizers import Regularizer, bind
 from fedsim.training.scaled import scaled
 from fedsim.training.schedules import Schedule
-from fedsim.training.stopping import Stopping
+from fedsim.training.stopping import Stopping, held_out
+from fedsim.transforms.transform import Compression, Transform, compose
 
 T = TypeVar("T")
 Progress: TypeAlias = download.Progress
@@ -174,6 +177,7 @@ def _model(
         assert config.pruning is not None  # which it was made of
         with _blamed_on("pruning", config.pruning), rng.torch_seeded(rng.fold(key, "pruning")):
             objective = pruning.bind(found, objective)
+            pruning.check(found, shape.input_shape)
     with _blamed_on("model", config.model):
         if example is not None:
             seeded = check_model(found, shape.input_shape, shape.num_classes, example, name=name)
@@ -199,16 +203,30 @@ def _regularized(config: Config, built: nn.Module, key: int) -> Objective:
         ConfigError: one cannot be made, or the model has no place for it.
     """
     kind = KINDS["regularizers"]
-    listed, made = components_at(config, kind), []
+    listed = components_at(config, kind)
 
     def blamed(number: int) -> AbstractContextManager[None]:
         return _blamed_on(f"{kind.path}.{number}", listed[number])
 
-    for number, component in enumerate(listed):
-        with blamed(number):
-            one = components.call(components.factory_of(component.name, kind), component, kind)
-            made.append(_of_type(Regularizer, one, f"{kind.path}.{number}", component))
-    return bind(built, made, key, blamed=blamed)
+    return bind(built, _all_made(config, "regularizers", Regularizer), key, blamed=blamed)
+
+
+def _all_made(config: Config, kind: str, wanted: type[T]) -> list[T]:
+    """What the components of a list make, each blamed for what it refuses."""
+    slot, made = KINDS[kind], []
+    for number, component in enumerate(components_at(config, slot)):
+        path = f"{slot.path}.{number}"
+        with _blamed_on(path, component):
+            one = components.call(components.factory_of(component.name, slot), component, slot)
+            made.append(_of_type(wanted, one, path, component))
+    return made
+
+
+def _compression(config: Config) -> Compression | None:
+    try:
+        return compose(_all_made(config, "transforms", Transform))
+    except ValueError as error:
+        raise ConfigError(f"transforms: {error}") from error
 
 
 def _data_seed(config: Config) -> int:
@@ -234,6 +252,7 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
         DataError: the data is missing, damaged or does not fit the config.
     """
     strategy, optimizer, schedule, engine, pruning = _without_data(config)
+    compression = _compression(config)
     data = federated_data(config, progress)
     train = config.train
     cohort = data.num_clients if train.clients_per_round == "all" else train.clients_per_round
@@ -241,7 +260,6 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
         rule = f"must be <= the number of clients of the split ({data.num_clients})"
         raise ConfigError(f"train.clients_per_round: {rule}, got {cohort}")
     built, objective, draws = _model(config, shape_of(data), data.train.inputs[0], pruning)
-    _check_last_batches(config, data, built)
     pooled, kept = _batch_norms(config, data, built, strategy)
     work = LocalWork(
         model=built,
@@ -258,7 +276,9 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
         kept=kept,
         max_grad_norm=train.max_grad_norm,
         stopping=_stopping(config),
+        tickets=_tickets(config, data, pruning),
     )
+    _check_last_batches(config, data, built, work.validation)
     made = Federation(
         seed=config.seed,
         data=data,
@@ -273,6 +293,7 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
         pooled=pooled,
         pruning=pruning,
         fresh=partial(_fresh, config, shape_of(data)),
+        compression=compression,
     )
     return made, engine
 
@@ -318,11 +339,10 @@ def _stopping(config: Config) -> Stopping | None:
     return None if asked is None else Stopping(asked.patience, asked.min_delta, asked.validation)
 
 
-def _check_last_batches(config: Config, data: FederatedData, built: nn.Module) -> None:
+def _check_last_batches(config: Config, data: FederatedData, built: nn.Module, validation: float) -> None:
     """Refuse a last batch of one example where the model cannot be trained on one; batch norm cannot."""
-    sizes, batch_size, stopping = data.partition.sizes(), config.train.batch_size, _stopping(config)
-    if stopping:
-        sizes = np.array([n - stopping.held_out(n) for n in sizes.tolist()])
+    batch_size = config.train.batch_size
+    sizes = np.array([n - held_out(validation, n) for n in data.partition.sizes().tolist()])
     single = np.flatnonzero(_leaves_one(sizes, batch_size))
     if not len(single):
         return
@@ -360,6 +380,76 @@ def _pruning(config: Config) -> Pruning | None:
     return _of_type(Pruning, make(config, "pruning"), "pruning", config.pruning)
 
 
+def _tickets(config: Config, data: FederatedData, pruning: Pruning | None) -> Tickets | None:
+    """How clients come by masks of their own.
+
+    Raises:
+        ConfigError: nobody could be tested with them.
+    """
+    if pruning is None or pruning.tickets is None:
+        return None
+    if not len(data.test_partition.indices):
+        raise _refused(config, "needs clients with held-out examples: there is no model to test but each client's own")
+    return pruning.tickets
+
+
+def _check_tickets(config: Config, strategy: Strategy) -> None:
+    """Refuse what clients with masks of their own cannot be joined with.
+
+    Raises:
+        ConfigError: says why.
+    """
+    name = config.strategy.name
+    if not strategy.aggregator.linear:
+        rule = "each entry moves by the mean over the clients that hold it"
+        raise _refused(config, f"needs a strategy that takes means, which {name} does not: {rule}")
+    if strategy.local.init is not no_state or strategy.local.finish is not same_state:
+        rule = "a client that rewinds does not start from the model that it was sent"
+        raise _refused(config, f"needs a strategy of which clients keep nothing, unlike {name}: {rule}")
+    if config.train.early_stopping is not None:
+        rule = "both hold examples out to judge by, each its own share of them"
+        raise _refused(config, f"goes with no train.early_stopping: {rule}")
+
+
+def _check_removal(config: Config) -> None:
+    """Refuse what cannot go on once channels have been removed.
+
+    Raises:
+        ConfigError: says why.
+    """
+    assert config.pruning is not None  # which removes them
+    if config.train.batch_norm == "local":
+        rule = "the server cannot remove channels of what stays with clients"
+        raise _refused(config, f"goes with no train.batch_norm: local: {rule}")
+    if config.pruning.params().get("then") == "scratch" and getattr(config.model, "init", None) == "fixup":
+        rule = "the small model would be drawn as its layers are, without it"
+        raise _refused(
+            config, f"cannot train from scratch with model.init: fixup: {rule}; set pruning.then to fine-tune"
+        )
+
+
+def _refused(config: Config, why: str) -> ConfigError:
+    assert config.pruning is not None  # which refuses
+    return ConfigError(f"pruning: {config.pruning.name} {why}")
+
+
+def removes_channels(config: Config) -> bool:
+    """Whether pruning makes the model smaller than the config says."""
+    made = _pruning(config)
+    return made is not None and made.removes
+
+
+def check_apart(config: Config) -> None:
+    """Refuse what no server can do whose clients are on machines of their own.
+
+    Raises:
+        ConfigError: says why.
+    """
+    made = _pruning(config)
+    if made is not None and made.looks:
+        raise _refused(config, "looks at training examples of clients, which a server does not have: simulate it")
+
+
 def _without_data(config: Config) -> tuple[Strategy, Optimizer, Schedule, Engine, Pruning | None]:
     """What can be made, and refused, before any data is loaded."""
     strategy = _of_type(Strategy, make(config, "strategies"), "strategy", config.strategy)
@@ -370,4 +460,9 @@ def _without_data(config: Config) -> tuple[Strategy, Optimizer, Schedule, Engine
     engine = make(config, "engines")
     if not all(callable(getattr(engine, method, None)) for method in ("prepared", "drive", "describe")):
         raise _wrong(engine, "engine", config.engine, "an Engine, with prepared, drive and describe")
-    return strategy, optimizer, schedule, engine, _pruning(config)
+    pruning = _pruning(config)
+    if pruning is not None and pruning.tickets is not None:
+        _check_tickets(config, strategy)
+    if pruning is not None and pruning.removes:
+        _check_removal(config)
+    return strategy, optimizer, schedule, engine, pruning

@@ -163,6 +163,12 @@ class Regularizers(RootModel[list[Annotated[Component, Slot("regularizers")]]]):
     model_config = ConfigDict(frozen=True, strict=True)
 
 
+class Transforms(RootModel[list[Annotated[Component, Slot("transforms")]]]):
+    """The list of what happens to updates on their way to the server, in order."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+
 class ModelComponent(Component):
     """Keys that every model takes beside its own."""
 

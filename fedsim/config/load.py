@@ -64,7 +64,8 @@ def check(raw: Mapping[str, Any]) -> Config:
         problems += lines(given, error)
     for kind in KINDS.values():
         problems += of_components(given, kind)
-    problems += cross_problems(lambda dotted: _value(given, dotted))
+    values = given if config is None else resolved(config)  # defaults, too, may break a rule
+    problems += cross_problems(lambda dotted: _value(values, dotted))
     if problems or config is None:
         raise ConfigError(list(dict.fromkeys(problems)))
     return config

@@ -75,8 +75,6 @@ def _line(raw: Any, parts: list[str], details: list[ErrorDetails], above: list[s
 
 def _rule(detail: ErrorDetails) -> str:
     context = detail.get("ctx", {})
-    if detail["type"] == "too_long" and context["max_length"] == 0:
-        return "must be an empty list, this version has none yet"
     limits = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in context.items()}
     message = detail["msg"]
     return _RULES.get(detail["type"], message[:1].lower() + message[1:]).format(**limits)

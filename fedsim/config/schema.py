@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from fedsim.config.components import Component, Slot
+from fedsim.config.components import Component, Slot, Transforms
 
 COUNTED_SPLITS = ("natural", "file")  # splits that know their own number of clients
 
@@ -116,7 +116,7 @@ class Config(Section):
     train: Train = Field(default_factory=Train)
     strategy: Annotated[Component, Slot("strategies")] = Field(default="fedavg", validate_default=True)
     pruning: Annotated[Component, Slot("pruning")] | None = None
-    transforms: Annotated[list[Any], Field(max_length=0, description="none in this version")] = []
+    transforms: Transforms = Transforms([])
     transfer: None = None
     engine: Annotated[Component, Slot("engines")] = Field(default="local", validate_default=True)
     output: Annotated[Folder, Field(description="folder of the run folders")] = "runs"
@@ -147,6 +147,19 @@ def cross_problems(get: Callable[[str], Any]) -> list[str]:
         problems.append(f"data.clients: needed, the split {split} does not know how many clients there are")
     if type(clients) is int and type(cohort) is int and 1 <= clients < cohort:
         problems.append(f"train.clients_per_round: must be <= data.clients ({clients}), got {cohort}")
+    pruning, rounds = get("pruning"), get("train.rounds")
+    if isinstance(pruning, Mapping) and type(rounds) is int and rounds >= 1:
+        problems += too_late(str(pruning.get("name")), pruning, rounds)
     if get("train.early_stopping") is not None and get("train.local_epochs") in (None, 1):
         problems.append("train.early_stopping: needs train.local_epochs > 1, there is but one epoch to return")
     return problems
+
+
+_ROUNDS_OF = {"magnitude": ("start", "end"), "lottery-ticket": ("every",)}  # beside ``at``, which any method may have
+
+
+def too_late(pruning: str, params: Mapping[str, Any], rounds: int) -> list[str]:
+    """Problems with rounds after which the method of this name prunes: the last round is not among them."""
+    keys = [key for key in ("at", *_ROUNDS_OF.get(pruning, ())) if type(params.get(key)) is int]
+    rule = f"must be below train.rounds ({rounds})"
+    return [f"pruning.{key}: {rule}, got {params[key]}" for key in keys if params[key] >= rounds]

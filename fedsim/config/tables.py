@@ -13,6 +13,7 @@ from fedsim.strategies.strategy import STRATEGIES
 from fedsim.training.optimizers import OPTIMIZERS
 from fedsim.training.regularizers import REGULARIZERS
 from fedsim.training.schedules import SCHEDULES
+from fedsim.transforms.table import TRANSFORMS
 
 Factory = Callable[..., Any]
 
@@ -40,6 +41,7 @@ KINDS: dict[str, Kind] = {
     "optimizers": Kind("train.optimizer", OPTIMIZERS),
     "schedules": Kind("train.schedule", SCHEDULES, frozenset({"rounds"})),
     "pruning": Kind("pruning", PRUNING),
+    "transforms": Kind("transforms", TRANSFORMS, many=True),
     "strategies": Kind("strategy", STRATEGIES),
     "engines": Kind("engine", ENGINES),
 }

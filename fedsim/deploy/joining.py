@@ -50,8 +50,8 @@ def participant(
     train, test = (_all if own_data else _part)(federation, partition)
     if not len(train):
         raise DataError(f"data: client {partition} has no examples to train on")
-    own = settings.shared(checked)
-    return Participant(partition, federation.work, train, test, own_data, own, States(states), say)
+    own, compression = settings.shared(checked), federation.compression
+    return Participant(partition, federation.work, train, test, own_data, own, States(states), say, compression)
 
 
 def _all(federation: Federation, partition: int) -> tuple[Examples, Examples]:

@@ -9,16 +9,21 @@ from importlib.metadata import version
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from torch import nn
 
 from fedsim import __version__
 from fedsim.deploy import contents as c
 from fedsim.deploy import settings
 from fedsim.deploy.states import States
 from fedsim.engines.flower import messages as m
+from fedsim.params import all_finite
+from fedsim.pruning.fitting import fitted
 from fedsim.records import Broadcast, ClientEvaluation, Examples, Masks, Params
 from fedsim.training import kept, masking
 from fedsim.training.client import LocalWork, train_client
 from fedsim.training.evaluate import score
+from fedsim.transforms.outgoing import outgoing
+from fedsim.transforms.transform import Compression
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Participant:
     """One client: what it does, and what it holds.
 
     client: its number in the federation, >= 0. test: its held-out examples, may be none.
+    compression: of its updates; None: they are sent as they are.
     own_data: the examples are its own, not a part of the server's split.
     settings: from its own config. states: where it keeps what its local rule needs from round to round.
     over: set when the server says that the run is over.
@@ -40,6 +46,7 @@ class Participant:
     settings: settings.Settings
     states: States
     say: Callable[[str], None]
+    compression: Compression | None = None
     over: threading.Event = field(default_factory=threading.Event)
 
 
@@ -100,17 +107,32 @@ def _train(who: Participant, content: RecordDict) -> RecordDict:
     if client != who.client:
         raise ValueError(f"got a message for client {client}, being {who.client}")
     held = who.states.before(facts.run, broadcast.round)
-    state = None if held is None else masking.without_known(held)
+    state = None if held is None or _outgrown(held, broadcast) else masking.without_known(held)
     scores = _scores(who, broadcast, broadcast.round - 1, state or {}) if facts.evaluate else None
     if state is None:
         state = who.work.rule.init(broadcast.params)
-    result = train_client(who.work, broadcast, client, who.train, state=state, key=key)
-    who.states.keep(facts.run, broadcast.round, {**result.state, **masking.remembered(broadcast.masks)})
+    work = replace(who.work, model=_model(who, broadcast))
+    trained = train_client(work, broadcast, client, who.train, state=state, key=key)
+    result = outgoing(who.compression, broadcast, trained, state, key)
+    if not broadcast.probe and all_finite({**result.update, **result.state}):  # or the server leaves it out
+        who.states.keep(facts.run, broadcast.round, {**result.state, **masking.remembered(broadcast.masks)})
     told = f"loss {result.metrics['train_loss']:.4f}"
-    who.say(f"round {broadcast.round}: trained on {result.num_examples} examples, {told}")
+    done = "gave its gradient" if broadcast.probe else "trained"
+    who.say(f"round {broadcast.round}: {done} on {result.num_examples} examples, {told}")
     return c.with_scores(
         m.update_content(replace(result, state={}), None if broadcast.probe else broadcast.masks), scores
     )
+
+
+def _outgrown(state: Params, broadcast: Broadcast) -> bool:
+    """Whether a state is of the model as it was before the server removed channels: it begins anew then."""
+    now = {name.rpartition("/")[2]: tensor.shape for name, tensor in state.items()}  # without its prefix
+    return any(now.get(name, tensor.shape) != tensor.shape for name, tensor in broadcast.params.items())
+
+
+def _model(who: Participant, broadcast: Broadcast) -> nn.Module:
+    """The model that came: with fewer channels once the server has removed some."""
+    return fitted(who.work.model, broadcast.params, tuple(who.train.inputs.shape[1:]))
 
 
 def _known(who: Participant, facts: c.RunFacts, round: int) -> Masks | None:
@@ -119,12 +141,11 @@ def _known(who: Participant, facts: c.RunFacts, round: int) -> Masks | None:
 
 
 def _scores(who: Participant, broadcast: Broadcast, round: int, state: Params) -> ClientEvaluation | None:
-    """The model that came, with what this client keeps, on its held-out examples."""
+    """The model that came, as this client has it, on its held-out examples."""
     if not len(who.test):
         return None
-    own = kept.own(who.work.model, who.work.kept, state)
-    params, buffers = {**broadcast.params, **own.params}, {**broadcast.buffers, **own.buffers}
-    loss, accuracy = score(who.work.model, params, buffers, who.test).mean()
+    own = kept.whole(who.work.model, who.work.kept, kept.Own(broadcast.params, broadcast.buffers), state)
+    loss, accuracy = score(who.work.model, own.params, own.buffers, who.test).mean()
     return ClientEvaluation(round, who.client, len(who.test), loss, accuracy)
 
 

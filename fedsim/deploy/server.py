@@ -131,6 +131,7 @@ def _loop(options: Options, files: ServerFiles | None, say: Say) -> running.Loop
 
 def _check(options: Options, config: Config) -> None:
     """Refuse what cannot be before a folder is made."""
+    build.check_apart(config)
     clients, cohort = config.data.clients, config.train.clients_per_round
     highest = {"--clients": clients, "--min-clients": clients if cohort == "all" else cohort}
     problems = []

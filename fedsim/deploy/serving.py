@@ -26,6 +26,7 @@ from fedsim.errors import RunError
 from fedsim.federation import Federation, RoundResult
 from fedsim.records import Broadcast, ClientEvaluation, ClientUpdate, CohortUpdate, Params, ServerState, StackedUpdate
 from fedsim.training.evaluate import score
+from fedsim.transforms.outgoing import reading
 
 
 @dataclass(frozen=True)
@@ -75,33 +76,46 @@ def serve(
     members.wait(rules.clients, rules.wait_s)
     if state.round == 0:
         nothing = CohortUpdate(None, None, (), (), (), {}, {}, 0, 0)
-        on_round(_scored(federation, state, nothing, {}, time.perf_counter()))
+        on_round(_scored(federation, state, nothing, Replies({}, {}, (), {}, 0), time.perf_counter()))
     pending: RoundResult | None = None
     for round in range(state.round + 1, federation.rounds + 1):
         began = time.perf_counter()
         cohort: list[int] = rounds.cohort(federation, round).tolist()
         here = members.wait(min(rules.min_clients, len(cohort)), rules.wait_s, cohort)
         nodes = {client: here.get(client) for client in cohort}
-        changed = rounds.pruned(federation, state, round, _no_probe)
+        stage = rounds.fitted(federation, state.params)
+        probing = rounds.Probing(stage, _asking(stage, nodes, members, rules), state, round)
+        changed = rounds.pruned(stage, state, round, probing.gradient, probing.product)
+        due = rounds.evaluates(federation, round - 1)
         if pending is not None and changed is not state:  # what comes next is not the model that clients are to score
-            on_round(_with_clients(federation, pending, _ask_all(federation, state, members, rules)))
+            scores = _ask_all(federation, state, members, rules) if due else ()
+            on_round(_with_clients(federation, pending, scores))
             pending = None
         state = changed
         broadcast = rounds.broadcast(federation, state, round, cohort)
-        asked = pending is not None and rounds.evaluates(federation, round - 1)
-        replies = _train(federation, broadcast, nodes, members, rules, evaluate=asked)
+        asked = pending is not None and due
+        key = rounds.round_key(federation, round)
+        replies = _train(federation, broadcast, nodes, members, rules, key=key, evaluate=asked)
         if pending is not None:
             on_round(_with_clients(federation, pending, replies.evaluations))
-        result = _aggregate(federation, broadcast, replies, members)
+        result = probing.counted(_aggregate(federation, broadcast, replies, members))
         state = rounds.step(federation, state, result, round)
-        pending = _scored(federation, state, result, replies.failed, began)
+        pending = _scored(federation, state, result, replies, began)
     if pending is not None:
         on_round(_with_clients(federation, pending, _ask_all(federation, state, members, rules)))
     return state
 
 
-def _no_probe(at: Params) -> Params:
-    raise RunError("pruning asks for gradients, which clients on separate machines are not asked for yet")
+def _asking(
+    federation: Federation, nodes: Mapping[int, int | None], members: Members, rules: Rules
+) -> rounds.RunCohort:
+    """How gradients are asked for: of whoever of the cohort is there, and with those of whoever answers."""
+
+    def ask(broadcast: Broadcast, clients: Sequence[int], states: Mapping[int, Params], key: int) -> CohortUpdate:
+        replies = _train(federation, broadcast, nodes, members, rules, key=key, evaluate=False)
+        return _aggregate(federation, broadcast, replies, members)
+
+    return ask
 
 
 def _train(
@@ -111,12 +125,12 @@ def _train(
     members: Members,
     rules: Rules,
     *,
+    key: int,
     evaluate: bool,
 ) -> Replies:
     """Send the model to the cohort, and read and check what comes back. ``nodes``: None for a client that is away."""
     packed, round = m.packed_for(broadcast, [k for k, node in nodes.items() if node is not None]), broadcast.round
     facts = replace(members.facts, evaluate=evaluate)
-    key = rounds.round_key(federation, round)
     here = {client: node for client, node in nodes.items() if node is not None}
     contents = {
         node: c.with_facts(m.train_content(packed[k], k, client_key(key, k)), facts) for k, node in here.items()
@@ -127,7 +141,10 @@ def _train(
     for client, node in here.items():
         try:
             content = _content(replies[node])
-            updates[client] = _checked(m.read_update(content, broadcast, client), members.size(client))
+            coded = reading(federation.compression, broadcast, client_key(key, client))
+            tickets = federation.work.tickets is not None
+            read = m.read_update(content, broadcast, client, tickets=tickets, reading=coded)
+            updates[client] = _checked(read, members.size(client))
             scores = c.read_scores(content, client, round - 1) if evaluate else None
         except ValueError as error:
             updates.pop(client, None)
@@ -136,8 +153,9 @@ def _train(
         sizes[client] = m.content_bytes(content)
         evaluations += [scores] if scores else []
     failed |= _out_of_proportion(updates, rules.max_norm_ratio)
+    what = f"round {round}, gradients" if broadcast.probe else f"round {round}"
     for client, reason in sorted(failed.items()):
-        members.say(f"round {round}: without client {client}: {reason}")
+        members.say(f"{what}: without client {client}: {reason}")
     kept = {client: update for client, update in updates.items() if client not in failed}
     down = sum(m.content_bytes(content) for content in contents.values())
     return Replies(kept, sizes, tuple(evaluations), dict(sorted(failed.items())), down)
@@ -196,24 +214,26 @@ def _aggregate(federation: Federation, broadcast: Broadcast, replies: Replies, m
 
 
 def _scored(
-    federation: Federation, state: ServerState, result: CohortUpdate, failed: Mapping[int, str], began: float
+    federation: Federation, state: ServerState, result: CohortUpdate, replies: Replies, began: float
 ) -> RoundResult:
     """A round without what its clients say of its model: that comes later.
 
-    Where clients keep a part of the model, the server has none to test after the first round.
+    Where clients have models of their own, the server has none to test after the first round.
     """
-    record = replace(rounds.unevaluated(state, result), failed=failed)
-    if rounds.evaluates(federation, state.round) and not (federation.work.kept and state.round):
-        loss, accuracy = score(federation.work.model, state.params, state.buffers, federation.data.test).mean()
+    record = replace(rounds.unevaluated(state, result), failed=replies.failed)
+    record = rounds.with_tickets(record, {client: replies.updates[client].kept for client in result.clients})
+    if rounds.evaluates(federation, state.round) and not (federation.work.personal and state.round):
+        model = rounds.fitted(federation, state.params).work.model
+        loss, accuracy = score(model, state.params, state.buffers, federation.data.test).mean()
         record = replace(record, loss=loss, accuracy=accuracy)
     return RoundResult(state, replace(record, seconds=time.perf_counter() - began), ())
 
 
 def _with_clients(federation: Federation, result: RoundResult, evaluations: Sequence[ClientEvaluation]) -> RoundResult:
-    """The round with what clients say; where they keep a part of the model, its loss and accuracy are theirs, too."""
+    """The round with what clients say; where they have models of their own, its loss and accuracy are theirs, too."""
     accuracies = np.array([one.accuracy for one in evaluations], dtype=np.float64)
     record = rounds.with_spread(result.record, accuracies)
-    if federation.work.kept and evaluations:
+    if federation.work.personal and evaluations:
         weights = [one.num_examples for one in evaluations]
         loss = float(np.average([one.loss for one in evaluations], weights=weights))
         record = replace(record, loss=loss, accuracy=float(np.average(accuracies, weights=weights)))

@@ -34,6 +34,8 @@ def shared(config: Config) -> Settings:
         "model": whole["model"],
         "train": {key: whole["train"][key] for key in _TRAIN},
         "strategy": whole["strategy"],
+        "pruning": whole["pruning"],
+        "transforms": whole["transforms"],
     }
     return dict(_flat("", parts))
 
@@ -60,12 +62,21 @@ def differences(own: Settings, servers: Settings, *, own_data: bool) -> list[str
 
     own_data: the client has data of its own, so how the server splits its data does not matter.
     """
-    keys = [key for key in sorted({*own, *servers}) if not (own_data and (key == "seed" or key.startswith("data.")))]
+    keys = [key for key in sorted({*own, *servers}) if not (own_data and _of_data(key, servers))]
     return [
         f"{key} is {_at(own, key)} here, {_at(servers, key)} at the server"
         for key in keys
         if _differ(own, servers, key)
     ]
+
+
+def _of_data(key: str, servers: Settings) -> bool:
+    """Whether a setting concerns nothing but the server's data and how they are split.
+
+    Of the seed come the model's first values, too, and a client that rewinds to them must have the server's.
+    """
+    rewinds = servers.get("pruning.name") == "personal-tickets"
+    return key.startswith("data.") or (key == "seed" and not rewinds)
 
 
 def _differ(own: Settings, servers: Settings, key: str) -> bool:

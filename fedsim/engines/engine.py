@@ -10,6 +10,7 @@ from fedsim.rng import fold
 from fedsim.strategies.strategy import Strategy
 from fedsim.training.client import LocalWork
 from fedsim.training.evaluate import Scores
+from fedsim.transforms.transform import Compression
 
 OnNan = Literal["fail", "skip"]
 
@@ -22,6 +23,7 @@ class Job:
 
     cohort: clients of a round, or their expectation. rounds: of the whole run.
     pooled: names of running means and variances, in pairs, of which the variances are pooled.
+    compression: of what clients send; None: it is sent as it is.
     """
 
     work: LocalWork
@@ -31,6 +33,7 @@ class Job:
     cohort: int
     rounds: int
     pooled: tuple[tuple[str, str], ...] = ()
+    compression: Compression | None = None
 
 
 class Cohorts(Protocol):

@@ -11,6 +11,7 @@ from fedsim.errors import ClientError
 from fedsim.records import Broadcast, ClientUpdate, CohortUpdate, Examples, Params, StackedUpdate
 from fedsim.training.client import train_client
 from fedsim.training.evaluate import Scores, score
+from fedsim.transforms.outgoing import outgoing
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class Loop:
 
         def train(client: int) -> StackedUpdate:
             state = states.get(client) or self.job.strategy.local.init(broadcast.params)
-            update = self._train(broadcast, client, state, client_key(key, client))
+            own = client_key(key, client)
+            trained = self._train(broadcast, client, state, own)
+            update = outgoing(self.job.compression, broadcast, trained, state, own)
             return alone(update, wire.sent_up(update, broadcast))
 
         cohort = blocks(self.job.data.partition.offsets, clients)

@@ -72,10 +72,16 @@ def grasp(params: Params, hessian_grad: Params) -> Params:
     Returns:
         Scores for the layers of ``hessian_grad``.
 
+    Raises:
+        ValueError: every score is 0, so that there is nothing to rank.
+
     Source: Wang, Zhang, Grosse 2020, "Picking winning tickets before training by preserving gradient flow", eq. 8.
         Differs: the opposite sign. The paper's is ``S = -w * (H g)``, and the highest go; here, as ever, the lowest.
     """
-    return {name: params[name] * product for name, product in hessian_grad.items()}
+    scores = {name: params[name] * product for name, product in hessian_grad.items()}
+    if not any(bool(score.any()) for score in scores.values()):
+        raise ValueError("grasp: weight times Hessian times gradient is 0 everywhere, which ranks nothing")
+    return scores
 
 
 def layerwise(kept: Params, rates: Mapping[str, float]) -> dict[str, int]:

@@ -1,6 +1,5 @@
 """Lottery tickets: prune the trained weights of lowest magnitude, rewind the others, train again."""
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Annotated, Literal
 
@@ -8,12 +7,15 @@ from annotated_types import Ge, Gt, Lt
 
 from fedsim import params as p
 from fedsim import rng
+from fedsim.models import places
 from fedsim.pruning import criteria, masks
+from fedsim.pruning.initialisers import resampled
 from fedsim.pruning.pruning import Change, Moment, Pruning, due, masks_of, with_masks
+from fedsim.pruning.schedules import by_kind
 from fedsim.records import Params
 
 Rate = Annotated[float, Gt(0), Lt(1)]
-Control = Literal["none", "reinit", "random-mask"]
+Control = Literal["none", "reinit", "resample", "random-mask"]
 Scope = Literal["layer", "global"]
 REWOUND, REWOUND_BUFFERS = "rewound/", "rewound-buffers/"  # in the memory: what is rewound to
 
@@ -43,7 +45,8 @@ def lottery_ticket(
         levels: how often to prune at most; null: as often as there are rounds.
         rewind: round whose weights survivors go back to, below ``every``; 0: the initial ones.
         scope: rank within each layer, or all weights together (``rate`` is that of all then).
-        control: ``reinit`` rewinds to newly drawn weights, ``random-mask`` removes as many of each layer at random.
+        control: what to hold tickets against: ``reinit`` rewinds to newly drawn weights, ``resample`` deals the
+            survivors' initial weights anew within each layer, ``random-mask`` removes as many of each layer at random.
 
     Raises:
         ValueError: ``rewind`` is not below ``every``, or given with ``reinit``.
@@ -56,7 +59,11 @@ def lottery_ticket(
         raise ValueError(f"rewind must be below every ({every}), got {rewind}")
     if rewind and control == "reinit":
         raise ValueError(f"rewind goes with no control reinit, which draws new weights; got {rewind}")
-    rates = partial(_rates, rate=rate, output=rate / 2 if output_rate is None else output_rate, conv=conv_rate)
+
+    def rates(moment: Moment, kept: Params) -> dict[str, float]:
+        shapes, head = {name: mask.shape for name, mask in kept.items()}, f"{places.head(moment.model)}.weight"
+        of_conv = rate if conv_rate is None else conv_rate
+        return by_kind(shapes, head, convolution=of_conv, dense=rate, output=output_rate)
 
     def before(moment: Moment) -> Change | None:
         if rewind and moment.round == rewind + 1:
@@ -70,30 +77,24 @@ def lottery_ticket(
     def pruned(moment: Moment) -> Change:
         found = masks_of(moment.memory)
         kept = masks.ones(moment.params, masks.prunable(moment.params)) if found is None else found.kept
-        names = tuple(kept)
         scores = (
-            criteria.random(moment.params, names, rng.fold(moment.key, "mask"))
+            criteria.random(moment.params, kept, rng.fold(moment.key, "mask"))
             if control == "random-mask"
-            else criteria.magnitude(moment.params, names)
+            else criteria.magnitude(moment.params, kept)
         )
         if scope == "layer":
-            remove = criteria.layerwise(kept, rates(moment.params, names))
+            remove = criteria.layerwise(kept, rates(moment, kept))
         else:
-            count = round(rate * sum(masks.counts(kept).values()))
-            remove = criteria.globally(scores, kept, count)
+            remove = criteria.globally(scores, kept, round(rate * sum(masks.counts(kept).values())))
         kept = criteria.lowest(scores, kept, remove)
-        weights, buffers = (
-            moment.fresh(rng.fold(moment.key, "reinit")) if control == "reinit" else _recalled(moment.memory)
-        )
+        weights, buffers = _recalled(moment.memory)
+        if control == "reinit":
+            weights, buffers = moment.fresh(rng.fold(moment.key, "reinit"))
+        elif control == "resample":
+            weights = resampled(weights, kept, rng.fold(moment.key, "resample"))
         return Change(p.masked(weights, kept), buffers, with_masks(moment.memory, kept), restarted=True)
 
     return Pruning(before, partial(_remembered, {}))
-
-
-def _rates(params: Params, names: Iterable[str], *, rate: float, output: float, conv: float | None) -> dict[str, float]:
-    *inner, last = names
-    of_conv = rate if conv is None else conv
-    return {**{name: of_conv if params[name].dim() == 4 else rate for name in inner}, last: output}
 
 
 def _remembered(memory: Params, params: Params, buffers: Params) -> Params:

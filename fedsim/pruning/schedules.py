@@ -113,22 +113,6 @@ def cosine(round: int, end: int, start_share: float) -> float:
     return start_share / 2 * (1 + math.cos(math.pi * round / end)) if round < end else 0.0
 
 
-def every(round: int, every: int, start: int, end: int) -> bool:
-    """True in the rounds ``start``, ``start + every``, ``start + 2 every``, ..., none of them after ``end``.
-
-    Args:
-        round: of the run.
-        every: >= 1.
-        start, end: first and last round that may be one; with ``end`` before ``start`` there are none.
-
-    Raises:
-        ValueError: ``every`` is not positive.
-    """
-    if every < 1:
-        raise ValueError(f"every must be >= 1, got {every}")
-    return start <= round <= end and (round - start) % every == 0
-
-
 def _check_part(value: float, what: str) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{what} must be in [0, 1], got {value}")

@@ -5,8 +5,9 @@ many clients at once, and are tested against it.
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,20 @@ from fedsim.records import Broadcast, ClientUpdate, Examples, Params
 from fedsim.training import kept, masking
 from fedsim.training.clipping import clipped
 from fedsim.training.local_rule import LocalRule
+from fedsim.training.masking import Opening, Tickets
 from fedsim.training.objective import PLAIN, Objective, Start, penalised, watched
 from fedsim.training.optimizers import Optimizer
 from fedsim.training.schedules import Schedule, unchanged
 from fedsim.training.stopping import Reached, Stopping, after_epoch, parted
+
+DIRECTION = "direction/"  # what a probe's ``extra`` calls the direction that it asks the Hessian times
 
 
 @dataclass(frozen=True)
 class LocalWork:
     """What every client of a federation does with its data.
 
-    model: a template; only its structure is used, never its own parameters.
+    model: a template; only its structure is used, and its own parameters as first values (``kept``, ``tickets``).
     key_names: names of the model's key buffers (of stochastic layers).
     batch_size: examples per step, >= 1; None takes all of a client's examples in one step.
     autocast: run the forward pass in bfloat16 where torch finds it safe; parameters stay as they are.
@@ -41,6 +45,7 @@ class LocalWork:
     kept: names of parameters and buffers that stay with each client; the model holds their first values.
     max_grad_norm: longest gradient that the optimizer is given, > 0; None: any.
     stopping: when a client stops before its last epoch, and goes back to its best one; None: never.
+    tickets: how clients come by masks of their own; None: they have none.
     """
 
     model: nn.Module
@@ -58,6 +63,18 @@ class LocalWork:
     kept: tuple[str, ...] = ()
     max_grad_norm: float | None = None
     stopping: Stopping | None = None
+    tickets: Tickets | None = None
+
+    @property
+    def validation(self) -> float:
+        """Share of a client's examples that it does not train on, but is judged by."""
+        judge = self.stopping or self.tickets
+        return judge.validation if judge else 0.0
+
+    @property
+    def personal(self) -> bool:
+        """Whether clients have models of their own, of which the global one is but a part."""
+        return bool(self.kept) or self.tickets is not None
 
 
 def batches(n: int, batch_size: int | None, local_epochs: int, key: int) -> Iterator[Tensor]:
@@ -156,8 +173,67 @@ def gradient(
     return dict(zip(leaves, grads, strict=True)), loss.detach()
 
 
+def product(
+    work: LocalWork,
+    local: Params,
+    buffers: Params,
+    batch: Examples,
+    layer_keys: Params,
+    *,
+    direction: Params,
+    start: Start | None = None,
+) -> tuple[Params, Tensor]:
+    """Hessian of the objective at ``local`` times a direction, and the value of :func:`batch_loss` there.
+
+    ``H v = d <g(w), v> / dw``, by differentiating twice; exact but for rounding.
+
+    direction: v; parameters that it does not name do not move in it. Others: as for :func:`gradient`.
+
+    Raises:
+        ValueError: an operation of the model has no second derivative.
+
+    Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian", section 3. Differs: reverse mode twice.
+    """
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in local.items()}
+    with _twice(work.model):
+        whole, loss = objective_at(work, leaves, buffers, batch, layer_keys, start=start or Start(local, len(batch)))
+        grads = _with_graph(whole, leaves)
+        slope = sum((g * direction[name]).sum() for name, g in grads.items() if name in direction)
+        if not isinstance(slope, Tensor) or not slope.requires_grad:  # gradients are the same everywhere
+            return p.zeros_like(local), loss.detach()
+        torch.autograd.backward(
+            slope
+        )  # ``autograd.grad`` goes around an operation that can be differentiated only once
+    return {n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in leaves.items()}, loss.detach()
+
+
+def _with_graph(whole: Tensor, leaves: Params) -> Params:
+    """Gradients that can be differentiated again."""
+    own = list(leaves.values())
+    grads = torch.autograd.grad(whole, own, create_graph=True, allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, grads, strict=True))
+
+
+@contextmanager
+def _twice(model: nn.Module) -> Iterator[None]:
+    """Where derivatives of gradients are taken. cuDNN's recurrent layers have none, those of torch itself have."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    try:
+        with torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
+            yield
+    except RuntimeError as error:
+        if not any(said in str(error) for said in ("derivative", "differentiate twice")):
+            raise
+        raise ValueError(f"the model has no second derivatives: {str(error).partition(chr(10))[0]}") from error
+
+
+def directed(direction: Params) -> Params:
+    """What a probe's ``extra`` must be to ask for the Hessian times this direction."""
+    return {DIRECTION + name: tensor for name, tensor in direction.items()}
+
+
 def corrected(
-    work: LocalWork, grads: Params, local: Params, broadcast: Broadcast, state: Params, *, pruned: Params
+    work: LocalWork, grads: Params, local: Params, broadcast: Broadcast, state: Params, *, remains: Params
 ) -> Params:
     """What the optimizer is given: what the strategy makes of the gradients, 0 where pruned, clipped. Those of tensors
     that stay with the client are none of the strategy's business.
@@ -165,8 +241,18 @@ def corrected(
     state: of the rule alone.
     """
     sent, held = (kept.shared(tensors, work.kept) for tensors in (grads, local))
-    made = masking.zeroed({**grads, **work.rule.correct(sent, held, broadcast, state)}, pruned)
+    made = masking.zeroed({**grads, **work.rule.correct(sent, held, broadcast, state)}, remains)
     return clipped(made, work.max_grad_norm)
+
+
+def opened(work: LocalWork, broadcast: Broadcast, judged: Examples, state: Params) -> Opening:
+    """How a client's turn begins: with the parameters as they came, unless the client rewinds its own ticket.
+
+    judged: examples of the client, see :func:`fedsim.training.stopping.parted`.
+    """
+    if work.tickets is None:
+        return Opening(state, broadcast.params)
+    return work.tickets.opened(work.model, work.kept, broadcast, judged, state)
 
 
 def train_client(
@@ -176,7 +262,8 @@ def train_client(
 
     ``w <- m * optimizer(w, clip(m * rule.correct(grad objective(w; batch))))`` for every batch of every local epoch,
     from a fresh optimizer state, with the step size that the schedule gives this round; m are the client's masks, if
-    any. A broadcast that is a probe is answered by :func:`probed`.
+    any, which :func:`opened` may have changed just before, and then the client starts from other parameters. A
+    broadcast that is a probe is answered by :func:`probed`.
 
     Args:
         work: what to do, the same for all clients.
@@ -187,9 +274,9 @@ def train_client(
         key: of this client in this round; all its draws come from below it.
 
     Returns:
-        ``update`` = local - global, the client's buffers, its next state, and ``train_loss``: mean loss over all
-        examples of all epochs, each taken just before the step that used it. With ``work.stopping`` they are what the
-        best epoch had reached; ``train_loss`` is still of all epochs, ``epochs`` tells how many they were, and
+        ``update`` = local - global, 0 where pruned, the client's buffers, its next state, and ``train_loss``: mean loss
+        over all examples of all epochs, each taken just before the step that used it. With ``work.stopping`` they are
+        what the best epoch had reached; ``train_loss`` is still of all epochs, and ``epochs`` tells how many they were.
         ``num_examples`` counts those held out, too.
 
     Source: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data",
@@ -197,27 +284,28 @@ def train_client(
     """
     if broadcast.probe:
         return probed(work, broadcast, client, data, state=state, key=key)
+    trained, judged = parted(work.validation, data, client)
+    state, began = opened(work, broadcast, judged, state)
     with rng.torch_seeded(key) if work.seeded else nullcontext():
         work.model.train()
-        own, ticket, pruned = (
+        own, ticket, remains = (
             kept.own(work.model, work.kept, state),
             masking.ticket(state),
-            masking.pruned(broadcast, state),
+            masking.remains(broadcast, state),
         )
         state = kept.rule_state(state)
-        local = masking.zeroed({**broadcast.params, **own.params}, pruned)
+        local = masking.zeroed({**began, **own.params}, remains)
         buffers = {name: b.clone() for name, b in {**broadcast.buffers, **own.buffers}.items()}
         optimizer_state = work.optimizer.init(local)
         factor = work.schedule(broadcast.round)
-        best, (trained, judged) = None, parted(work.stopping, data, client)
-        start = Start(broadcast.params, len(trained))
+        best, start = None, Start(broadcast.params, len(trained))
         loss_sum, seen, steps = torch.zeros((), dtype=torch.float64), 0, 0
         for indices in batches(len(trained), work.batch_size, work.local_epochs, key):
             layer_keys = layer_inputs(work, rng.fold(key, "step", steps), broadcast.round)
             grads, loss = gradient(work, local, buffers, trained.take(indices), layer_keys, start=start)
-            grads = corrected(work, grads, local, broadcast, state, pruned=pruned)
+            grads = corrected(work, grads, local, broadcast, state, remains=remains)
             local, optimizer_state = work.optimizer.step(local, grads, optimizer_state, steps + 1, factor)
-            local = masking.zeroed(local, pruned)
+            local = masking.zeroed(local, remains)
             loss_sum += loss.double() * len(indices)
             seen, steps = seen + len(indices), steps + 1
             if work.stopping is not None and seen % len(trained) == 0:
@@ -233,7 +321,7 @@ def train_client(
         state = work.rule.finish(held, broadcast, state, steps)
         return ClientUpdate(
             client=client,
-            update=masking.zeroed(p.sub(held, broadcast.params), pruned),
+            update=masking.zeroed(p.sub(held, broadcast.params), remains),
             buffers=kept.shared(buffers, work.kept),
             num_examples=len(data),
             metrics=metrics,
@@ -248,10 +336,13 @@ def probed(
 ) -> ClientUpdate:
     """The gradient of the objective at the global parameters, over all of a client's examples; nothing is trained.
 
-    It is what training mode has it be, batch by batch, and it is dense: pruned entries have a gradient, too.
+    It is what training mode has it be, batch by batch, and it is dense: pruned entries have a gradient, too. A
+    broadcast that carries a direction (:func:`directed`) asks for the Hessian times it instead.
 
-    Args, returns: as for :func:`train_client`, but ``update`` = - gradient; buffers and state stay as they were.
+    Args, returns: as for :func:`train_client`, but ``update`` = - what was asked; buffers and state stay as they were.
     """
+    along = {n.removeprefix(DIRECTION): t for n, t in broadcast.extra.items() if n.startswith(DIRECTION)}
+    asked = partial(product, direction=along) if along else gradient
     with rng.torch_seeded(key) if work.seeded else nullcontext():
         work.model.train()
         local = {**broadcast.params, **kept.own(work.model, work.kept, state).params}
@@ -261,8 +352,8 @@ def probed(
         for step, indices in enumerate(batches(len(data), work.batch_size, 1, key)):
             buffers = {name: b.clone() for name, b in {**broadcast.buffers, **held}.items()}
             layer_keys = layer_inputs(work, rng.fold(key, "step", step), broadcast.round)
-            grads, loss = gradient(work, local, buffers, data.take(indices), layer_keys, start=start)
-            total = p.add_scaled(total, kept.shared(grads, work.kept), len(indices) / len(data))
+            found, loss = asked(work, local, buffers, data.take(indices), layer_keys, start=start)
+            total = p.add_scaled(total, kept.shared(found, work.kept), len(indices) / len(data))
             loss_sum += loss.double() * len(indices)
         metrics = {"train_loss": float(loss_sum) / len(data)}
         return ClientUpdate(

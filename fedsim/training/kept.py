@@ -9,10 +9,13 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from fedsim import params as p
 from fedsim.records import Params
-from fedsim.training.masking import KNOWN, TICKET
+from fedsim.training.masking import KNOWN, TICKET, ticket
 
 PREFIX = "kept/"  # no parameter's name begins like this unless a module's name has a slash in it
+RESIDUAL = "residual/"  # another prefix in a client's state: what its compressed updates have lost so far
+_NOT_THE_RULES = (PREFIX, RESIDUAL, TICKET, KNOWN)
 
 
 class Own(NamedTuple):
@@ -41,6 +44,16 @@ def own(model: nn.Module, kept: Sequence[str], state: Params) -> Own:
     )
 
 
+def whole(model: nn.Module, kept: Sequence[str], sent: Own, state: Params) -> Own:
+    """The model of a client with this state: what it is sent, with what it keeps, under its own masks if it has any.
+
+    sent: from the server, without what stays with clients.
+    """
+    had = own(model, kept, state)
+    params = p.masked({**sent.params, **had.params}, ticket(state))
+    return Own(params, {**sent.buffers, **had.buffers})
+
+
 def as_state(tensors: Params, kept: Sequence[str]) -> Params:
     """What a client's state holds of these tensors."""
     return {PREFIX + name: tensors[name] for name in kept}
@@ -48,4 +61,4 @@ def as_state(tensors: Params, kept: Sequence[str]) -> Params:
 
 def rule_state(state: Params) -> Params:
     """What the strategy's local rule has in a client's state."""
-    return {name: tensor for name, tensor in state.items() if not name.startswith((PREFIX, TICKET, KNOWN))}
+    return {name: tensor for name, tensor in state.items() if not name.startswith(_NOT_THE_RULES)}

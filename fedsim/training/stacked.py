@@ -24,20 +24,31 @@ class Group:
     step_keys: int64 (clients,): parents of the keys of single steps.
     sizes: examples of each, >= 1, descending.
     states: one dict a client: of the strategy's local rule, and the client's own tensors.
+    starts: the parameters that each starts from, one dict a client; (): those of the broadcast.
     """
 
     table: Timetable
     step_keys: Tensor
     sizes: tuple[int, ...]
     states: tuple[Params, ...]
+    starts: tuple[Params, ...] = ()
 
     def lanes(self, start: int, end: int) -> "Group":
         """Some of the clients, [start, end)."""
         own = slice(start, end)
-        return Group(self.table.lanes(start, end), self.step_keys[own], self.sizes[own], self.states[own])
+        table, keys = self.table.lanes(start, end), self.step_keys[own]
+        return Group(table, keys, self.sizes[own], self.states[own], self.starts[own])
 
 
-def group_of(work: LocalWork, rows: Tensor, sizes: tuple[int, ...], keys: Tensor, states: tuple[Params, ...]) -> Group:
+def group_of(
+    work: LocalWork,
+    rows: Tensor,
+    sizes: tuple[int, ...],
+    keys: Tensor,
+    states: tuple[Params, ...],
+    *,
+    starts: tuple[Params, ...] = (),
+) -> Group:
     """Draw the batches of clients.
 
     Args:
@@ -45,14 +56,13 @@ def group_of(work: LocalWork, rows: Tensor, sizes: tuple[int, ...], keys: Tensor
         rows: int64 (clients, longest): where each one's examples lie in the pool; padded with any index.
         sizes: examples of each, >= 1, descending.
         keys: of each client in this round, int64 (clients,).
-        states: of each, as in a group.
+        states, starts: of each, as in a group.
     """
     table = timetable(sizes, work.batch_size, work.local_epochs, keys)
     absent = table.positions < 0
     places = rows.gather(1, table.positions.masked_fill(absent, 0).flatten(1)).view(table.positions.shape)
-    return Group(
-        replace(table, positions=places.masked_fill_(absent, -1)), rng.fold_tensor(keys, "step"), sizes, states
-    )
+    table = replace(table, positions=places.masked_fill_(absent, -1))
+    return Group(table, rng.fold_tensor(keys, "step"), sizes, states, starts)
 
 
 @dataclass(frozen=True)
@@ -86,13 +96,13 @@ def train_stacked(work: LocalWork, step: Step, broadcast: Broadcast, pool: Examp
         work.model.train()
     clients = len(group.sizes)
     own = [kept.own(work.model, work.kept, state) for state in group.states]
-    local = step.copies(broadcast.params, clients) | p.stack([one.params for one in own])
+    local = _started(step.copies(broadcast.params, clients), broadcast, group) | p.stack([one.params for one in own])
     buffers = copies(broadcast.buffers, clients) | p.stack([one.buffers for one in own])
     states = p.stack([kept.rule_state(state) for state in group.states])
     tickets = p.stack([masking.ticket(state) for state in group.states])
-    pruned = masking.stacked(broadcast, group.states)
-    masking.zero_(local, pruned)
-    lanes = Lanes(local, buffers, work.optimizer.init(local), states, pruned)
+    remains = masking.stacked(broadcast, group.states)
+    masking.zero_(local, remains)
+    lanes = Lanes(local, buffers, work.optimizer.init(local), states, remains)
     table, active, means = group.table, lanes, list[Tensor]()
     sizes = torch.tensor(group.sizes, device=group.step_keys.device)
     for t, n in enumerate(table.active):
@@ -103,8 +113,17 @@ def train_stacked(work: LocalWork, step: Step, broadcast: Broadcast, pool: Examp
     states = _finished(work, lanes, broadcast, group)
     states |= kept.as_state(local | buffers, work.kept) | masking.as_state(tickets)
     update = {name: local[name].sub_(sent) for name, sent in broadcast.params.items()}
-    masking.zero_(update, pruned)
+    masking.zero_(update, remains)
     return Trained(update, kept.shared(buffers, work.kept), _mean_losses(work, means, group), states, tickets)
+
+
+def _started(local: Params, broadcast: Broadcast, group: Group) -> Params:
+    """Copies of the broadcast's parameters, with the lanes of those clients that start elsewhere changed in place."""
+    for lane, start in enumerate(group.starts):
+        if start is not broadcast.params:
+            for name, tensor in start.items():
+                local[name][lane].copy_(tensor)
+    return local
 
 
 def _batch(pool: Examples, table: Timetable, t: int) -> Examples:

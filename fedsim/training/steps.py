@@ -30,21 +30,21 @@ Gradient = Callable[..., tuple[Params, Tensor]]  # (local, buffers, batch, layer
 class Lanes:
     """What clients hold while they train: tensors (clients, *shape), changed in place by every step.
 
-    pruned: true where a parameter is 0 and stays 0; {} if nothing is pruned. Never changed.
+    remains: bits of what is not pruned, as ``masking.stacked`` makes them; {} if nothing is. Never changed.
     """
 
     local: Params
     buffers: Params
     optimizer: OptimizerState
     states: Params
-    pruned: Params
+    remains: Params
 
     def first(self, n: int) -> "Lanes":
         """The first n clients (views)."""
-        own = (self.local, self.buffers, self.states, self.pruned)
-        local, buffers, states, pruned = (p.lanes(tensors, slice(n)) for tensors in own)
+        own = (self.local, self.buffers, self.states, self.remains)
+        local, buffers, states, remains = (p.lanes(tensors, slice(n)) for tensors in own)
         optimizer = {part: p.lanes(tensors, slice(n)) for part, tensors in self.optimizer.items()}
-        return Lanes(local, buffers, optimizer, states, pruned)
+        return Lanes(local, buffers, optimizer, states, remains)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _by_gradient(work: LocalWork, find: Gradient, lanes: Lanes, now: Now) -> Ten
     grads, losses = find(lanes.local, lanes.buffers, now.batch, now.inputs(work), start=start)
     grads = _corrected(work, grads, lanes, now.broadcast)
     work.optimizer.step_(lanes.local, grads, lanes.optimizer, now.t, work.schedule(now.broadcast.round))
-    masking.zero_(lanes.local, lanes.pruned)
+    masking.zero_(lanes.local, lanes.remains)
     return losses
 
 
@@ -125,7 +125,7 @@ def _folded(work: LocalWork, chain: Chain, lanes: Lanes, now: Now) -> Tensor:
     assert folded is not None  # as step_of saw
     lr, batch, decay = folded.lr * work.schedule(now.broadcast.round), now.batch, folded.weight_decay
     losses = chain.step_(lanes.local, batch.inputs, batch.labels, now.inputs(work), lr=lr, weight_decay=decay)
-    masking.zero_(lanes.local, lanes.pruned)  # from 0, plain SGD goes where the gradient says, and nowhere without one
+    masking.zero_(lanes.local, lanes.remains)  # from 0, plain SGD goes where the gradient says, and nowhere without one
     return losses
 
 
@@ -137,12 +137,12 @@ def _changes_gradients(work: LocalWork) -> bool:
 def _corrected(work: LocalWork, grads: Params, lanes: Lanes, broadcast: Broadcast) -> Params:
     """What the optimizer is given for each client."""
     if not _changes_gradients(work):
-        return masking.zeroed(grads, lanes.pruned)
+        return masking.zeroed(grads, lanes.remains)
 
-    def one(grads: Params, local: Params, state: Params, pruned: Params) -> Params:
-        return corrected(work, grads, local, broadcast, state, pruned=pruned)
+    def one(grads: Params, local: Params, state: Params, remains: Params) -> Params:
+        return corrected(work, grads, local, broadcast, state, remains=remains)
 
-    lanewise = (grads, lanes.local, lanes.states, lanes.pruned)
+    lanewise = (grads, lanes.local, lanes.states, lanes.remains)
     if next(iter(grads.values())).shape[0] == 1:
         return p.as_stack(one(*(p.lanes(tensors, 0) for tensors in lanewise)))
     mapped: Params = vmap(one)(*lanewise)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedsim import rng
 from fedsim.records import Examples, Params
@@ -23,10 +23,6 @@ class Stopping:
     patience: int
     min_delta: float = 0.0
     validation: float = 0.0
-
-    def held_out(self, n: int) -> int:
-        """How many of a client's n examples are held out: ``validation * n``, rounded down; never all."""
-        return int(self.validation * n)
 
 
 class Reached(NamedTuple):
@@ -53,22 +49,35 @@ class Parted(NamedTuple):
     judged: Examples
 
 
-def parted(stopping: Stopping | None, data: Examples, client: int) -> Parted:
-    """Hold examples out: the first of an order that is drawn from n and the client's id alone.
+def held_out(validation: float, n: int) -> int:
+    """How many of a client's n examples are held out: ``validation * n``, rounded down; never all."""
+    return int(validation * n)
 
-    So they are the same in every round and run, whatever order the client's examples lie in. A client that holds none
-    out is judged by all that it trains on, and trains on everything.
+
+def places(validation: float, n: int, client: int) -> tuple[Tensor, Tensor]:
+    """Where among a client's n >= 1 examples those lie that it trains on, and those it is judged by: ascending int64.
+
+    Held out are the first of an order that is drawn from n and the client's id alone. So they are the same in every
+    round and run, whatever order the client's examples lie in. A client that holds none out is judged by all that it
+    trains on, and trains on everything.
 
     Args:
-        stopping: None: nothing is held out, or judged.
-        data: of the client, n >= 1 examples.
-        client: id.
+        validation: share to hold out, in [0, 1).
+        n: of the client's examples. client: its id.
     """
-    held = stopping.held_out(len(data)) if stopping else 0
+    held = held_out(validation, n)
     if not held:
+        return torch.arange(n), torch.arange(n)
+    order = rng.permutation(rng.fold(client, "held out"), n)
+    return torch.sort(order[held:]).values, torch.sort(order[:held]).values
+
+
+def parted(validation: float, data: Examples, client: int) -> Parted:
+    """A client's examples parted as in :func:`places`; copies, if anything is held out."""
+    if not held_out(validation, len(data)):
         return Parted(data, data)
-    order = rng.permutation(rng.fold(client, "held out"), len(data))
-    return Parted(data.take(torch.sort(order[held:]).values), data.take(torch.sort(order[:held]).values))
+    trained, judged = (where.to(data.labels.device) for where in places(validation, len(data), client))
+    return Parted(data.take(trained), data.take(judged))
 
 
 def after_epoch(stopping: Stopping, best: Best | None, model: nn.Module, reached: Reached, judged: Examples) -> Best:

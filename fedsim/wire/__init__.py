@@ -2,6 +2,7 @@
 
 from fedsim.wire.messages import (
     Known,
+    Reading,
     broadcast_bytes,
     decode_broadcast,
     decode_update,
@@ -15,6 +16,7 @@ from fedsim.wire.messages import (
 
 __all__ = [
     "Known",
+    "Reading",
     "broadcast_bytes",
     "decode_broadcast",
     "decode_update",

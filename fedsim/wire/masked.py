@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fedsim.records import Params
 
+_MOST_AXES = 64  # as NumPy; a stranger's product of millions of sides would take hours
+
 
 def remaining(tensors: Params, kept: Mapping[str, Tensor]) -> Params:
     """``tensors`` with those that have a mask reduced to the vector of their remaining values."""
@@ -55,7 +57,7 @@ def from_bits(packed: Params, shapes: Mapping[str, Sequence[int]]) -> Params:
 
 
 def _from_bits(name: str, packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if not all(type(side) is int and side >= 0 for side in shape):
+    if len(shape) > _MOST_AXES or not all(type(side) is int and side >= 0 for side in shape):
         raise ValueError(f"{name}: not a shape: {shape!r:.100}")
     entries = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.shape != (-(-entries // 8),):

@@ -22,6 +22,7 @@ from fedsim.wire import masked
 
 _NUMBERS = "numbers"  # the group of what is no parameter: int64 tensors, and float64 metrics
 Known = Callable[[int], Masks | None]
+Reading = Callable[[bytes, Params], Params]  # (an update as coded, the client's own masks) -> update
 _Structure = tuple[tuple[str, torch.Size, torch.dtype], ...]
 
 
@@ -79,7 +80,7 @@ def decode_broadcast(data: bytes, known: Known = nothing_known) -> Broadcast:
 def encode_update(update: ClientUpdate, masks: Masks | None = None) -> bytes:
     """Client to server: the update, the client's buffers, its number of examples and its metrics.
 
-    The client's state is not in it: it stays with the client.
+    The client's state is not in it: it stays with the client. Of an update that was coded only those bytes are sent.
 
     masks: of the server, which the update keeps to; a probe's answer does not. A client's own masks are sent with it.
     """
@@ -91,22 +92,30 @@ def encode_update(update: ClientUpdate, masks: Masks | None = None) -> bytes:
     if update.mask_version:
         numbers["mask_version"] = torch.tensor(update.mask_version)
     kept = update.kept or ({} if masks is None else masks.kept)
-    groups = {"update": masked.remaining(update.update, kept), "buffers": update.buffers}
+    groups = {"update": {} if update.coded else masked.remaining(update.update, kept), "buffers": update.buffers}
+    if update.coded:
+        groups["coded"] = {"update": torch.frombuffer(bytearray(update.coded), dtype=torch.uint8)}
     if update.kept:
         groups["kept"] = masked.bits(update.kept)
     return _pack({**groups, _NUMBERS: numbers}, tuple(update.metrics), _shapes(update.kept))
 
 
-def decode_update(data: bytes, masks: Masks | None = None) -> ClientUpdate:
+def decode_update(
+    data: bytes, masks: Masks | None = None, reading: Reading | None = None, like: Params | None = None
+) -> ClientUpdate:
     """The inverse of :func:`encode_update`, with an empty state.
 
     masks: of the server.
+    reading: how coded updates are read; None: they must not be coded. It raises a ValueError for what it cannot read.
+    like: what the client was sent; masks of its own must have these shapes, so that bits of a stranger, each of which
+        becomes a whole number, never become more than that. None: any shapes.
 
     Raises:
-        ValueError: not such a message, or one of a client that trained with another version of the masks.
+        ValueError: not such a message, one of a client that trained with another version of the masks, or masks of
+            other shapes.
     """
     with _refusing("update"):
-        groups, names, shapes = _unpack(data, ("update", "buffers", "kept", _NUMBERS))
+        groups, names, shapes = _unpack(data, ("update", "coded", "buffers", "kept", _NUMBERS))
         numbers = groups[_NUMBERS]
         values = numbers["metrics"]
         if values.dtype != torch.float64 or values.ndim != 1:
@@ -118,9 +127,28 @@ def decode_update(data: bytes, masks: Masks | None = None) -> ClientUpdate:
             raise ValueError(
                 f"trained with version {version} of the masks, the server's is {0 if masks is None else masks.version}"
             )
+        if like is not None:
+            _check_shapes(shapes, like)
         own = masked.from_bits(groups["kept"], shapes)
-        moved = masked.restored(groups["update"], own or ({} if masks is None else masks.kept))
+        kept = own or ({} if masks is None else masks.kept)
+        moved = masked.restored(groups["update"], kept) if reading is None else reading(_coded(groups), own)
+        if reading is None and groups["coded"]:
+            raise ValueError("the update is coded, which was not agreed on")
     return ClientUpdate(client, moved, groups["buffers"], num_examples, metrics, {}, version, own)
+
+
+def _check_shapes(shapes: Mapping[str, Sequence[int]], like: Params) -> None:
+    for name, shape in shapes.items():
+        expected = list(like[name].shape) if name in like else None
+        if shape != expected:
+            raise ValueError(f"{name}: its mask must have the shape {expected}, got {shape!r:.100}")
+
+
+def _coded(groups: Mapping[str, Params]) -> bytes:
+    found = groups["coded"].get("update")
+    if found is None or groups["update"] or found.dtype != torch.uint8 or found.ndim != 1:
+        raise ValueError("the update must be coded: one vector of bytes, and nothing else")
+    return found.numpy().tobytes()
 
 
 def update_bytes(
@@ -145,6 +173,8 @@ def sent_up(update: ClientUpdate, broadcast: Broadcast) -> int:
     """Bytes of a client's answer to this broadcast."""
     if broadcast.probe:  # whose answer is dense
         return len(encode_update(update))
+    if update.coded:  # of a length that the structure does not tell
+        return len(encode_update(update, broadcast.masks))
     return update_bytes(update.update, update.buffers, tuple(update.metrics), masks=broadcast.masks, kept=update.kept)
 
 

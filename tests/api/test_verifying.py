@@ -85,6 +85,20 @@ def test_a_finished_run_is_equal_bit_for_bit_and_its_folder_is_left_alone(whole)
     assert {str(path) for path in whole.parent.iterdir()} == {str(whole)}
 
 
+PRUNING = [{"name": "lottery-ticket", "every": 1, "rate": 0.4}, {"name": "l1-filter", "at": 2, "sparsity": 0.5}]
+
+
+@pytest.mark.parametrize("pruning", PRUNING, ids=lambda section: section["name"])
+def test_a_pruned_run_is_equal_bit_for_bit(pruning, tmp_path):
+    run = fedsim.run(config(pruning=pruning, output=str(tmp_path)))
+    assert [record.sparsity is None for record in run.rounds] == [True, pruning["name"] == "l1-filter", False, False]
+    done = fedsim.verify(run.folder, "all")
+    assert (done.status, done.rounds, done.tensors, done.reasons) == ("equal", 4, True, ())
+    edit(run.folder, 4, sparsity=0.123)
+    found = fedsim.verify(run.folder, "all")
+    assert (found.status, found.first.round, found.first.field) == ("differs", 4, "sparsity")
+
+
 @pytest.mark.parametrize(("rounds", "done"), [(1, 1), (3, 3), (9, 4)])
 def test_as_many_rounds_are_run_as_are_asked_for_and_there(whole, rounds, done):
     seen = []

@@ -44,6 +44,23 @@ def test_a_run_that_goes_on_counts_what_was_sent_before():
     assert "sent 9.00 kB" in out.getvalue()
 
 
+def test_a_pruned_round_tells_its_sparsity_and_the_table_what_is_gone():
+    out = io.StringIO()
+    with display.for_console(Console(file=out, width=200)) as shown:
+        shown.begin("title", [], 1)
+        shown.round(record(1, sparsity=0.4876))
+    assert "loss 0.5000  sparsity 48.8 %  clients 3" in out.getvalue()
+    summary = {
+        "status": "finished", "rounds_done": 2, "rounds": 3, "final": None, "best": None, "sparsity": 0.6,
+        "remaining": {"a.weight": 0.25, "b.weight": 1.0}, "totals": {"bytes_up": 10, "bytes_down": 20, "seconds": 3},
+        "model": {"weights": {"a.weight": {"shape": [20, 80]}, "b.weight": {"shape": [4, 100]}, "c": {"shape": [9]}}},
+    }  # fmt: skip
+    Console(file=out, width=200).print(display.result_table(summary))
+    assert re.search(r"pruned\s+1,200 of 2,000 weights \(60.00 %\)", out.getvalue())
+    Console(file=out, width=200).print(display.result_table({**summary, "model": {}}))
+    assert "60.00 % of weights" in out.getvalue()
+
+
 class Closed(io.StringIO):
     def write(self, text):
         raise BrokenPipeError

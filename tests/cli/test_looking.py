@@ -23,6 +23,12 @@ def test_list_shows_one_kind(fedsim):
     assert "      every: int >= 1  (needed)\n" in fedsim("list", "schedules").out
 
 
+def test_list_shows_pruning_methods(fedsim):
+    text = fedsim("list", "pruning").out
+    assert text.startswith("pruning  (pruning)\n  lottery-ticket ")
+    assert "      rate: float > 0 < 1  (default 0.2)\n" in text and "  l1-filter " in text
+
+
 def test_schema_is_json(fedsim):
     schema = json.loads(fedsim("schema").out)
     assert set(schema["properties"]) >= {"name", "data", "model", "train", "extends"}

@@ -1,6 +1,6 @@
 import pytest
 
-from fedsim.config.schema import cross_problems, default_name
+from fedsim.config.schema import cross_problems, default_name, too_late
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,24 @@ def test_early_stopping_needs_more_than_one_epoch(epochs, stopping, count):
     values = {"train.local_epochs": epochs, "train.early_stopping": stopping}
     line = "train.early_stopping: needs train.local_epochs > 1, there is but one epoch to return"
     assert cross_problems(values.get) == [line] * count
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "rounds", "keys"),
+    [
+        ("lottery-ticket", {"every": 4}, 5, ""),
+        ("lottery-ticket", {"every": 5}, 5, "every"),
+        ("magnitude", {"start": 4, "end": None, "every": 9}, 5, ""),  # the last sparsity comes at the end, anyway
+        ("magnitude", {"start": 5, "end": 6}, 5, "start end"),
+        ("magnitude", {"start": True, "end": "6"}, 1, ""),  # wrong types are reported elsewhere
+        ("rigl", {"every": 9}, 5, ""),
+        ("thinet", {"at": 5, "end": 9}, 5, "at"),
+        ("own:method", {"at": 6, "every": 7}, 6, "at"),
+    ],
+)
+def test_rounds_of_pruning_come_before_the_last(name, params, rounds, keys):
+    expected = [f"pruning.{key}: must be below train.rounds ({rounds}), got {params[key]}" for key in keys.split()]
+    assert too_late(name, params, rounds) == expected
+    values = {"pruning": {"name": name, **params}, "train.rounds": rounds}
+    assert cross_problems(values.get) == expected
+    assert cross_problems({**values, "train.rounds": "5"}.get) == []

@@ -1,5 +1,6 @@
 """The round loop of separate machines, on a grid in this process: the numbers of ``reference``, and what goes wrong."""
 
+import shutil
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from federations import CASES, CLIENTS, PLAINLY, federation, result, tensors
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 
+from fedsim import params as p
 from fedsim.deploy import contents, participation, serving
 from fedsim.deploy.members import Members, Post
 from fedsim.deploy.states import States
@@ -20,10 +22,15 @@ from fedsim.engines.flower.process import quiet_log, task_identity
 from fedsim.engines.reference import reference
 from fedsim.errors import RunError
 from fedsim.federation import run, start
+from fedsim.pruning.magnitude import magnitude
+from fedsim.pruning.pruning import masks_of
+from fedsim.pruning.saliency import snip
 from fedsim.records import Partition
+from fedsim.transforms.outgoing import reading
 
 RUN = "0123456789abcdef" * 2
 RULES = serving.Rules(clients=1, min_clients=1, wait_s=0.5, round_timeout_s=5, max_norm_ratio=30)
+PRUNED = ("sparsity", "remaining", "overlap")
 SETTINGS = {"seed": 5, "train.optimizer.lr": 0.1}
 
 
@@ -51,7 +58,7 @@ def participant(made, client, folder, /, **changes):
     test = data.client_test.take(torch.from_numpy(data.test_partition.client(client)))
     states = States(folder / str(client))
     who = participation.Participant(
-        client, made.work, data.client(client), test, False, SETTINGS, states, lambda _: None
+        client, made.work, data.client(client), test, False, SETTINGS, states, lambda _: None, made.compression
     )
     return replace(who, **changes)
 
@@ -92,8 +99,8 @@ def test_numbers_are_those_of_reference(case, tmp_path):
     assert len(lines) == len(records)
     for line, record in zip(lines, records, strict=True):
         ours = line.record
-        held_out = () if made.work.kept else ("loss", "accuracy")  # then of those who answered
-        for field in (*held_out, "round", "train_loss", "clients", "cohort", "skipped", "failed"):
+        held_out = () if made.work.personal else ("loss", "accuracy")  # then of those who answered
+        for field in (*held_out, "round", "train_loss", "clients", "cohort", "skipped", "failed", *PRUNED):
             assert getattr(ours, field) == getattr(record, field), field
         assert record.bytes_up <= ours.bytes_up and record.bytes_down <= ours.bytes_down
 
@@ -112,9 +119,10 @@ def test_clients_say_how_the_model_does_and_the_round_is_recorded_with_it(tmp_pa
         assert ours.record.client_accuracy_std == pytest.approx(theirs.record.client_accuracy_std)
 
 
-def test_where_clients_keep_batch_norm_the_loss_is_that_of_their_own_models(tmp_path):
+@pytest.mark.parametrize("case", ["own batch norm", "own tickets"])
+def test_where_clients_have_models_of_their_own_the_loss_is_that_of_theirs(case, tmp_path):
     """Everybody is asked and has test examples here, so they are the simulation's; after a resume, too."""
-    made = replace(federation("own batch norm"), eval_every=1, clients_per_round=CLIENTS)
+    made = replace(federation(case), eval_every=1, clients_per_round=CLIENTS)
     lost = made.data.test_partition.indices
     held = np.concatenate([lost, np.setdiff1d(np.arange(30), lost)])  # those of nobody go to the last client
     own = Partition(np.array([*range(CLIENTS), 30]), held)
@@ -198,6 +206,38 @@ def test_a_wrong_update_is_left_out_and_named(wrong, everybody, tmp_path):
         members.post.grid.away = frozenset({3})
         without, _ = served(everybody, members)
     assert all(torch.equal(t, without.params[name]) for name, t in final.params.items())
+
+
+@pytest.mark.parametrize("wrong", ["cut", "plain"])
+def test_a_coded_update_that_cannot_be_read_is_left_out_and_named(wrong, tmp_path):
+    made = replace(federation("top-k"), clients_per_round=CLIENTS, rounds=1)
+
+    def change(message, reply):
+        if message.metadata.message_type != "train" or message.metadata.dst_node_id != 3 + 2:
+            return reply
+        broadcast, client, key = m.read_train(message.content)
+        update = m.read_update(reply.content, broadcast, client, reading=reading(made.compression, broadcast, key))
+        update = replace(update, coded=b"" if wrong == "plain" else b"12345678")
+        reply.content[m._TENSORS] = m.update_content(update)[m._TENSORS]
+        return reply
+
+    with members_of(made, tmp_path) as members:
+        members.post.grid.change = change
+        _, lines = served(made, members)
+    reason = {"cut": "written for other names", "plain": "the update must be coded"}[wrong]
+    assert list(lines[1].record.failed) == [3] and reason in lines[1].record.failed[3]
+    assert lines[1].record.clients == CLIENTS - 1
+
+
+def test_a_client_that_diverged_once_takes_part_again_with_what_it_remembered_before(tmp_path):
+    made = replace(federation("top-k"), clients_per_round=CLIENTS)
+    work = replace(made.work, schedule=lambda round: 1e38 if round == 2 else 1.0)
+    with members_of(made, tmp_path, client3={"work": work}) as members:
+        _, lines = served(made, members)
+    assert [list(line.record.failed) for line in lines] == [[], [], [3], []]
+    held = States(tmp_path / "3")
+    before, after = held.before(RUN, 3), held.before(RUN, 4)
+    assert p.all_finite(before) and p.all_finite(after) and not p.same_bits(before, after)
 
 
 def test_rubbish_instead_of_a_reply(everybody, tmp_path):
@@ -360,3 +400,115 @@ def test_all_are_told_that_it_is_over(everybody, tmp_path):
         assert not any(who.over.is_set() for who in people)
         serving.end(members, 5)
     assert all(who.over.is_set() for who in people)
+
+
+@pytest.mark.parametrize("wrong", ["nan", "silent"])
+def test_whose_gradient_is_wrong_or_missing_is_not_in_it_but_trains(wrong, everybody, tmp_path):
+    made, said, kept = replace(everybody, pruning=snip(sparsity=0.6), rounds=1), [], []
+
+    def change(message, reply):
+        if message.metadata.message_type != "train" or not m.read_train(message.content)[0].probe:
+            return reply
+        kept.extend(tmp_path.rglob("*.safetensors"))
+        if wrong == "silent":
+            return reply if message.metadata.dst_node_id != 5 else None
+        return tampering(3, times(float("nan")))(message, reply)
+
+    with members_of(made, tmp_path, said) as members:
+        members.post.grid.change = change
+        final, lines = served(made, members, replace(RULES, round_timeout_s=0.3))
+    others = np.setdiff1d(np.arange(len(made.data.train)), made.data.partition.client(3))
+    params = {n: t.clone().requires_grad_() for n, t in start(made).params.items()}
+    logits = torch.func.functional_call(made.work.model, params, (made.data.train.inputs[others],))
+    loss = torch.nn.functional.cross_entropy(logits, made.data.train.labels[others])
+    grads = dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
+    products = {n: (params[n] * grads[n]).abs().detach() for n in params if params[n].dim() > 1}
+    edge = torch.cat([product.flatten() for product in products.values()]).sort().values[round(0.6 * 48)]
+    found = masks_of(final.pruning).kept
+    assert all(torch.equal(found[n], product >= edge) for n, product in products.items())
+    assert lines[1].record.failed == {} and lines[1].record.clients == CLIENTS
+    assert sum(line.startswith("round 1, gradients: without client 3: ") for line in said) == 1
+    assert not kept  # clients keep nothing of a probe
+
+
+def test_gradients_count_in_the_bytes_of_a_round(everybody, tmp_path):
+    made = replace(everybody, pruning=snip(sparsity=0.6))
+    with members_of(made, tmp_path / "a") as members:
+        _, pruned = served(made, members)
+    with members_of(everybody, tmp_path / "b") as members:
+        _, dense = served(everybody, members)
+    first, second, whole = pruned[1].record, pruned[2].record, dense[1].record
+    assert first.bytes_up == second.bytes_up + whole.bytes_up
+    assert first.bytes_down > second.bytes_down + whole.bytes_down
+
+
+def scored(made, tmp_path):
+    """Rounds as served and as simulated, of everybody, with test examples."""
+    expected = []
+    run(made, start(made), reference(), expected.append)
+    with members_of(made, tmp_path) as members:
+        return served(made, members)[1], expected
+
+
+def test_clients_score_the_model_that_was_trained_and_not_the_rewound_one(tmp_path):
+    made = replace(with_test_parts(federation("tickets")), eval_every=1, clients_per_round=CLIENTS)
+    lines, expected = scored(made, tmp_path)
+    first = start(made)
+    for ours, theirs in zip(lines[1:], expected[1:], strict=True):
+        assert [one.client for one in ours.evaluations] == list(range(15))
+        assert [one.loss for one in ours.evaluations] == pytest.approx([o.loss for o in theirs.evaluations], rel=1e-6)
+        assert ours.record.sparsity == theirs.record.sparsity and ours.record.remaining == theirs.record.remaining
+        assert not any(torch.equal(ours.state.params[n], t) for n, t in first.params.items())
+
+
+def test_rounds_without_evaluation_ask_nobody_whether_or_not_the_server_prunes_after_them(tmp_path):
+    """It prunes after every round here; the second is of evaluation, and the last."""
+    lines, expected = scored(replace(with_test_parts(federation("tickets")), eval_every=2), tmp_path)
+    assert [len(line.evaluations) for line in lines] == [0, 0, 15, 15]
+    spread = [line.record.client_accuracy_mean for line in lines]
+    assert spread == pytest.approx([None, None, *(line.record.client_accuracy_mean for line in expected[2:])])
+
+
+@pytest.mark.parametrize("case", ["tickets", "pruned", "pruned states"])
+@pytest.mark.parametrize("done", [1, 2])
+def test_a_server_that_prunes_is_resumed_with_the_same_numbers(case, done, tmp_path):
+    made = federation(case)
+    with members_of(made, tmp_path) as members:
+        final, lines = served(made, members)
+        again, later = served(made, members, state=lines[done].state)
+    assert all(torch.equal(t, tensors(again)[n]) for n, t in tensors(final).items())
+    assert [one.record.bytes_down for one in later] == [one.record.bytes_down for one in lines[done + 1 :]]
+
+
+def test_a_client_that_has_lost_its_files_misses_a_round_and_is_told_the_masks_again(tmp_path):
+    pruning = magnitude(sparsity=0.6, start=1, end=1)
+    made = replace(federation("plain"), pruning=pruning, rounds=6, clients_per_round=CLIENTS)
+    with members_of(made, tmp_path) as members:
+        states = []
+
+        def on_round(line):
+            states.append(line)
+            if line.record.round == 2:  # said once round 3 is over, so lost before round 4
+                shutil.rmtree(tmp_path / "3")
+
+        serving.serve(made, start(made), members, RULES, on_round)
+    failed = [dict(line.record.failed) for line in states]
+    assert [sorted(one) for one in failed] == [[], [], [], [], [3], [], []]
+    assert "needs masks of version 1, this client has none" in failed[4][3]
+    down = [line.record.bytes_down for line in states]
+    assert down[2] > down[5] > max(down[3], down[4], down[6])  # all are told, one again, nobody
+
+
+def test_a_client_that_did_not_answer_is_told_the_masks_again(tmp_path):
+    pruning = magnitude(sparsity=0.6, start=1, end=1)
+    made = replace(federation("plain"), pruning=pruning, rounds=4, clients_per_round=CLIENTS)
+    with members_of(made, tmp_path) as members:
+
+        def silent(message, reply):
+            return None if message.metadata.dst_node_id == 5 + 2 and message.metadata.group_id == "2" else reply
+
+        members.post.grid.change = silent
+        _, lines = served(made, members, replace(RULES, round_timeout_s=0.3))
+    assert [sorted(line.record.failed) for line in lines] == [[], [], [5], [], []]
+    told = [int(line.state.pruning["informed"][5]) for line in lines[2:]]
+    assert told == [0, 1, 1] and lines[2].record.bytes_down > lines[3].record.bytes_down > lines[4].record.bytes_down

@@ -32,6 +32,8 @@ def test_only_what_changes_a_clients_work_is_shared():
         ("model.hidden", [8, 8], "model.hidden is [8, 8] here, [8] at the server"),
         ("train.batch_norm", "local", 'train.batch_norm is "local" here, "average" at the server'),
         ("strategy.server_lr", 0.5, "strategy.server_lr is 0.5 here, 1.0 at the server"),
+        ("pruning", {"name": "magnitude"}, 'pruning.name is "magnitude" here, not set at the server'),
+        ("transforms", ["sparse"], 'transforms is [{"name": "sparse"}] here, [] at the server'),
     ],
 )
 def test_a_difference_is_told_by_its_key(key, value, line):
@@ -40,6 +42,14 @@ def test_a_difference_is_told_by_its_key(key, value, line):
     assert line in settings.differences(of(**{key: value}), servers, own_data=False)
     told = settings.differences(of(**{key: value}), servers, own_data=True)
     assert (line in told) == (not key.startswith(("seed", "data.")))
+
+
+def test_who_rewinds_to_the_models_first_values_needs_the_seed_that_they_come_of():
+    servers = of(pruning="personal-tickets")
+    told = settings.differences(of(pruning="personal-tickets", seed=4), servers, own_data=True)
+    assert told == ["seed is 4 here, 3 at the server"]
+    magnitude = of(pruning="magnitude")
+    assert settings.differences(of(pruning="magnitude", seed=4), magnitude, own_data=True) == []
 
 
 def test_not_set_is_not_null():

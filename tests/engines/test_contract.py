@@ -3,7 +3,9 @@
 ``sequential``, ``flower`` and any number of workers do the plain loop's arithmetic in its order: bit-equal. The stacked
 paths add up in other orders inside one step. After three rounds of up to eight steps their parameters, which are of
 order one, agree to 2e-6 in float32 and 4e-15 in float64: some twenty units in the last place. Two or three were seen.
-What amplifies rounding is left out: batch norm over two examples divides their difference by itself.
+What amplifies rounding is left out: batch norm over two examples divides their difference by itself. Where updates are
+quantised a last bit may move a value by one step: of float32 a client's largest entry, 0.12, over 127 levels. In
+float64 that was not seen.
 """
 
 from dataclasses import replace
@@ -20,6 +22,7 @@ from fedsim.federation import job, start
 from fedsim.records import Broadcast
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 4e-15}
+STEP = 1e-3
 
 
 def assert_same(a, b):
@@ -27,15 +30,16 @@ def assert_same(a, b):
     assert a[1] == b[1]
 
 
-def assert_close(a, b, dtype):
+def assert_close(a, b, dtype, step=0.0):
+    tolerance = max(TOLERANCE[dtype], step)
     assert tensors(a[0]).keys() == tensors(b[0]).keys()
     for name, tensor in tensors(a[0]).items():
         other = tensors(b[0])[name]
-        assert torch.allclose(tensor, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]), name
+        assert torch.allclose(tensor, other, rtol=tolerance, atol=tolerance), name
     for one, other in zip(a[1], b[1], strict=True):
         for key in ("train_loss", "loss"):
             here, there = getattr(one, key), getattr(other, key)
-            assert here is there is None or here == pytest.approx(there, rel=TOLERANCE[dtype])
+            assert here is there is None or here == pytest.approx(there, rel=tolerance)
         assert (one.cohort, one.bytes_up, one.bytes_down) == (other.cohort, other.bytes_up, other.bytes_down)
 
 
@@ -66,7 +70,8 @@ def test_flower_is_the_plain_loop_bit_for_bit(case):
 def test_stacked_paths_are_the_plain_loop_up_to_rounding(mode, case, dtype):
     made = federation(case, dtype)
     engine = local(mode=mode, workers=1).prepared(job(made), {"path": mode, "chunk": 5})
-    assert_close(result(made, engine), result(made, reference()), dtype)
+    step = STEP if case in ("quantised", "own coded tickets") and dtype == torch.float32 else 0.0
+    assert_close(result(made, engine), result(made, reference()), dtype, step)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 64])
@@ -84,6 +89,7 @@ def test_again_gives_the_same_bits_whatever_ran_before(mode, chunk):
     ("mode", "case"),
     [
         *((mode, case) for mode in ("sequential", "vectorised", "fused") for case in ("plain", "states")),
+        *((mode, case) for mode in ("sequential", "vectorised", "fused") for case in ("own tickets", "top-k")),
         *((mode, "own batch norm") for mode in ("sequential", "vectorised")),
     ],
 )
@@ -126,6 +132,10 @@ def test_the_order_of_a_cohort_does_not_matter(mode):
         ("vectorised", "own batch norm"),
         ("vectorised", "dropout"),
         ("fused", "plain"),
+        ("sequential", "own tickets"),
+        ("fused", "own tickets"),
+        ("sequential", "top-k"),
+        ("fused", "own coded tickets"),
     ],
 )
 def test_workers_change_no_bit(mode, case, workers):

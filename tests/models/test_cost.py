@@ -180,6 +180,10 @@ def test_the_model_and_torchs_switch_stay_as_they_are() -> None:
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
+    costs(model, MNIST)
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
     switch = torch.backends.mkldnn.enabled
     try:
         for torch.backends.mkldnn.enabled in (True, False):

@@ -123,13 +123,3 @@ def test_cosine_is_torchs_annealing_and_then_nothing():
     for arguments in [(1, 0, 0.3), (-1, 5, 0.3), (1, 5, 1.3)]:
         with pytest.raises(ValueError, match=r"needs round|start_share must"):
             schedules.cosine(*arguments)
-
-
-@given(rounds, st.integers(1, 10), st.integers(0, 20), st.integers(0, 50))
-def test_every_so_many_rounds_are_those_of_a_range(now, every, start, end):
-    assert schedules.every(now, every, start, end) == (now in range(start, end + 1, every))
-
-
-def test_never_is_not_every():
-    with pytest.raises(ValueError, match="every must be >= 1, got 0"):
-        schedules.every(3, 0, 1, 9)

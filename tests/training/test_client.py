@@ -15,10 +15,13 @@ from fedsim import params as p
 from fedsim import rng
 from fedsim.models.layers.dropouts import Dropout
 from fedsim.models.layers.keyed import key_names, step_keys
+from fedsim.models.layers.lstm import plain_cells
+from fedsim.models.zoo import char_lstm
 from fedsim.records import Broadcast, Examples
 from fedsim.strategies.local_rules import plain
-from fedsim.training.client import LocalWork, batches, gradient, train_client
+from fedsim.training.client import LocalWork, batches, directed, gradient, product, train_client
 from fedsim.training.local_rule import LocalRule
+from fedsim.training.objective import Objective
 from fedsim.training.optimizers import adam, sgd
 
 DATA = Examples(rng.normal(1, 11, 4, dtype=torch.float64) * 2, (rng.uniform(2, 11) * 3).long())
@@ -213,3 +216,82 @@ def test_seeding_changes_nothing_in_a_model_that_does_not_draw():
         train_client(w, broadcast_of(job), 0, DATA, state={}, key=5) for w in (job, replace(job, seeded=True))
     )
     assert p.same_bits(one.update, other.update) and one.metrics == other.metrics
+
+
+def test_the_product_is_that_of_central_differences_of_gradients():
+    job = work(nn.Tanh())
+    local, batch, h = p.of(job.model)[0], DATA.take(torch.arange(5)), 1e-5
+    direction = {n: rng.normal(rng.fold(9, n), *t.shape, dtype=torch.float64) for n, t in list(local.items())[:3]}
+    found, loss = product(job, local, {}, batch, {}, direction=direction)
+    whole = {**p.zeros_like(local), **direction}  # what is not named does not move
+    ahead, behind = (gradient(job, p.add_scaled(local, whole, sign * h), {}, batch, {})[0] for sign in (1, -1))
+    expected = p.scale(p.sub(ahead, behind), 1 / (2 * h))
+    assert found.keys() == local.keys() and all(torch.allclose(found[n], t, atol=1e-8) for n, t in expected.items())
+    assert float(loss) == float(gradient(job, local, {}, batch, {})[1])
+
+
+def test_gradients_that_are_the_same_everywhere_have_a_product_of_zeros():
+    job = replace(work(), objective=Objective(loss=lambda logits, labels: logits.sum() * 0 + 1.0))
+    local = {"0.bias": p.of(job.model)[0]["0.bias"]}
+    rest = {n: t for n, t in p.of(job.model)[0].items() if n not in local}
+    found, _ = product(job, local, rest, DATA, {}, direction=local)
+    assert p.same_bits(found, {"0.bias": torch.zeros(6, dtype=torch.float64)})
+    assert p.same_bits(product(job, local, rest, DATA, {}, direction={})[0], found)
+
+
+def test_the_product_of_an_lstm_is_that_of_its_plain_cells():
+    with rng.torch_seeded(3):
+        model = char_lstm(input_shape=(7,), num_classes=12)
+    tokens = (rng.uniform(5, 6, 8) * 12).long()
+    batch = Examples(tokens[:, :-1], tokens[:, 1:])
+    local, buffers = p.of(model)
+    direction, found = p.scale(gradient(lstm_work(model), local, buffers, batch, {})[0], 1.0), []
+    for _ in range(2):
+        found.append(product(lstm_work(model), local, buffers, batch, {}, direction=direction)[0])
+        plain_cells(next(module for module in model.modules() if type(module) is nn.LSTM)) if len(found) == 1 else None
+    assert float(p.l2_norm(p.sub(*found)) / p.l2_norm(found[1])) < 1e-4
+
+
+def lstm_work(model):
+    return LocalWork(model, (), sgd(lr=0.1), plain(), 1, 4)
+
+
+class Once(torch.autograd.Function):
+    """An operation whose derivative has none."""
+
+    @staticmethod
+    def forward(ctx, inputs):
+        ctx.save_for_backward(inputs)
+        return inputs.relu()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad * (ctx.saved_tensors[0] > 0)
+
+
+def attended(inputs):
+    rows = inputs[None, None]
+    return nn.functional.scaled_dot_product_attention(rows, rows, rows)[0, 0]
+
+
+@pytest.mark.parametrize("function", [Once.apply, attended])
+def test_a_model_without_second_derivatives_is_refused(function):
+    layer = nn.Identity()
+    layer.forward = function
+    job = work(layer)
+    probe = replace(broadcast_of(job, directed(p.of(job.model)[0])), probe=True)
+    with pytest.raises(ValueError, match=r"^the model has no second derivatives: "):
+        train_client(job, probe, 0, DATA, state={}, key=1)
+    assert train_client(job, replace(probe, extra={}), 0, DATA, state={}, key=1).num_examples == 11
+
+
+def test_a_probe_with_a_direction_is_the_product_over_all_examples_and_trains_nothing():
+    job = work(nn.Tanh(), batch_size=4)
+    local = p.of(job.model)[0]
+    direction = {n: rng.normal(rng.fold(9, n), *t.shape, dtype=torch.float64) for n, t in local.items()}
+    probe = replace(broadcast_of(job, directed(direction)), probe=True)
+    found = train_client(job, probe, 3, DATA, state={"own": torch.ones(2)}, key=8)
+    expected, loss = product(job, local, {}, DATA, {}, direction=direction)
+    assert all(torch.allclose(found.update[n], -t, rtol=1e-10, atol=1e-13) for n, t in expected.items())
+    assert found.state.keys() == {"own"} and found.metrics["train_loss"] == pytest.approx(float(loss))

@@ -101,7 +101,7 @@ def test_with_the_states_of_a_strategy_too():
     grads, state = ({n: rng.normal(rng.fold(s, n), *t.shape, dtype=t.dtype) for n, t in params.items()} for s in (1, 2))
     broadcast = Broadcast(params, {}, p.scale(state, 0.3), 1)
     expected = torchs(control().local.correct(grads, params, broadcast, state), 0.5)
-    assert p.same_bits(corrected(work, grads, params, broadcast, state, pruned={}), expected)
+    assert p.same_bits(corrected(work, grads, params, broadcast, state, remains={}), expected)
     assert p.l2_norm(expected).item() == pytest.approx(0.5, rel=1e-5)
 
 

@@ -32,6 +32,16 @@ def test_what_was_put_into_a_state_comes_out_of_it_beside_the_rules():
     assert kept.rule_state(state) == rule
 
 
+def test_a_clients_whole_model_is_what_is_sent_with_what_it_keeps_under_its_own_masks():
+    sent = kept.Own({"0.weight": torch.tensor([[1.0, -2.0], [3.0, 4.0], [-5.0, 6.0]])}, {"n": torch.tensor(7)})
+    ticket = {"ticket/0.weight": torch.tensor([[True, False], [False, True], [True, True]])}
+    state = {**ticket, "kept/1.weight": torch.tensor([8.0, 9.0, 10.0]), "control": torch.ones(1)}
+    found = kept.whole(model(), ("1.weight",), sent, state)
+    assert found.params["0.weight"].tolist() == [[1, 0], [0, 4], [-5, 6]]
+    assert found.params["1.weight"].tolist() == [8, 9, 10] and found.buffers == sent.buffers
+    assert kept.whole(model(), (), sent, {}) == sent
+
+
 def test_what_is_sent_is_the_rest_and_everything_where_nothing_is_kept():
     tensors = {"0.weight": torch.zeros(1), **dict.fromkeys(NAMES, torch.ones(1))}
     assert list(kept.shared(tensors, NAMES)) == ["0.weight"]

@@ -131,7 +131,7 @@ def test_train_loss_is_of_all_epochs_done():
 @given(st.integers(1, 60), st.floats(0, 0.99), st.integers(0, 2**40))
 def test_what_is_held_out_and_what_is_trained_on_is_everything_once(n, validation, client):
     data = Examples(torch.arange(n, dtype=torch.float32)[:, None], torch.arange(n))
-    trained, judged = s.parted(Stopping(1, 0.0, validation), data, client)
+    trained, judged = s.parted(validation, data, client)
     if int(validation * n) == 0:  # too few: all are trained on, and judged by
         assert trained is judged is data
         return
@@ -141,11 +141,11 @@ def test_what_is_held_out_and_what_is_trained_on_is_everything_once(n, validatio
 
 
 def test_held_out_are_the_same_examples_in_every_round_and_others_for_each_client():
-    stopping, data = Stopping(1, 0.0, 0.5), Examples(torch.arange(40.0)[:, None], torch.arange(40))
-    first, again, other = (s.parted(stopping, data, client).judged.labels.tolist() for client in (3, 3, 4))
+    data = Examples(torch.arange(40.0)[:, None], torch.arange(40))
+    first, again, other = (s.parted(0.5, data, client).judged.labels.tolist() for client in (3, 3, 4))
     assert first == again != other
     assert first != list(range(20))  # nor the first ones, for they may be sorted by label
-    assert s.parted(None, data, 3).trained is data
+    assert s.parted(0.0, data, 3).trained is data
 
 
 def test_held_out_examples_are_never_trained_on():

@@ -20,6 +20,7 @@ from fedsim.records import Broadcast, ClientUpdate, CohortUpdate, Examples, Para
 from fedsim.training import masking
 from fedsim.training.client import train_client
 from fedsim.training.evaluate import Scores, score
+from fedsim.transforms.outgoing import outgoing, reading
 
 CHUNK = 16  # messages under way at once; bounds the replies in memory, does not change the result
 
@@ -39,7 +40,8 @@ def client_app(job: Job) -> ClientApp:
         if client != context.node_config["partition-id"]:
             raise ValueError(f"got a message for client {client}, being {context.node_config['partition-id']}")
         state = masking.without_known(held) or job.strategy.local.init(broadcast.params)
-        result = train_client(job.work, broadcast, client, job.data.client(client), state=state, key=key)
+        trained = train_client(job.work, broadcast, client, job.data.client(client), state=state, key=key)
+        result = outgoing(job.compression, broadcast, trained, state, key)
         context.state = m.state_content({**result.state, **masking.remembered(broadcast.masks)})
         return Message(m.update_content(result, None if broadcast.probe else broadcast.masks), reply_to=message)
 
@@ -86,7 +88,8 @@ class GridCohorts:
                 chunk = {k: contents[k] for k in block[start : start + CHUNK]}
                 self.states.update({self.nodes[k]: m.state_content(laid[k]) for k in chunk})
                 for client, content in self._exchange(chunk, broadcast.round):
-                    yield alone(self._update(content, broadcast, client), m.content_bytes(content))
+                    update = self._update(content, broadcast, client, client_key(key, client))
+                    yield alone(update, m.content_bytes(content))
 
         down = sum(m.content_bytes(content) for content in contents.values())
         parts = (fold(self.job, broadcast, results(block)) for block in cohort)
@@ -112,11 +115,13 @@ class GridCohorts:
                 raise ClientError(round, client, str(reply.error.reason)) from cause
             yield client, reply.content
 
-    def _update(self, content: RecordDict, broadcast: Broadcast, client: int) -> ClientUpdate:
+    def _update(self, content: RecordDict, broadcast: Broadcast, client: int, key: int) -> ClientUpdate:
         """The update of a reply, with the state that its client keeps."""
         state = masking.without_known(m.read_state(self.states.pop(self.nodes[client], RecordDict())))
         try:
-            return replace(m.read_update(content, broadcast, client), state=state)
+            tickets, read = self.job.work.tickets is not None, reading(self.job.compression, broadcast, key)
+            update = m.read_update(content, broadcast, client, tickets=tickets, reading=read)
+            return replace(update, state=state)
         except ValueError as error:
             raise ClientError(broadcast.round, client, f"the reply is not a valid update: {error}") from error
 

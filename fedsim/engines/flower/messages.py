@@ -15,6 +15,7 @@ from flwr.common.serde import array_to_proto, recorddict_to_proto
 from fedsim import params as p
 from fedsim import wire
 from fedsim.engines.flower.arrays import encoded_length
+from fedsim.pruning.masks import prunable
 from fedsim.records import Broadcast, ClientUpdate, Masks, Params
 
 STYPE = "fedsim.safetensors"
@@ -71,18 +72,27 @@ def update_content(update: ClientUpdate, masks: Masks | None = None) -> RecordDi
     return RecordDict({_TENSORS: _pack(wire.encode_update(update, masks))})
 
 
-def read_update(content: RecordDict, broadcast: Broadcast, client: int) -> ClientUpdate:
+def read_update(
+    content: RecordDict,
+    broadcast: Broadcast,
+    client: int,
+    *,
+    tickets: bool = False,
+    reading: wire.Reading | None = None,
+) -> ClientUpdate:
     """The update in :func:`update_content`, with an empty state.
 
     Args:
         content: of the reply; whatever another machine sent.
         broadcast: what the client got; the update and the buffers must be like its parameters and buffers.
         client: whose reply it should be.
+        tickets: whether clients have masks of their own: it must have them for all weights then, and none otherwise.
+        reading: how coded updates are read; None: they must not be coded.
 
     Raises:
         ValueError: not such a content, or one that does not answer this broadcast to this client.
     """
-    update = wire.decode_update(_unpack(content), broadcast.masks)
+    update = wire.decode_update(_unpack(content), broadcast.masks, reading, broadcast.params)
     if update.client != client:
         raise ValueError(f"the update is of client {update.client}")
     if update.num_examples < 1:
@@ -91,10 +101,19 @@ def read_update(content: RecordDict, broadcast: Broadcast, client: int) -> Clien
         raise ValueError("metrics have no train_loss")
     p.check_alike(update.update, broadcast.params)
     p.check_alike(update.buffers, broadcast.buffers)
+    _check_tickets(update.kept, broadcast, wanted=tickets and not broadcast.probe)
     kept = update.kept or ({} if broadcast.masks is None or broadcast.probe else broadcast.masks.kept)
     if wrong := [name for name, mask in kept.items() if bool(update.update[name][~mask].any())]:
         raise ValueError(f"{wrong[0]}: the update has numbers where the masks have none")
     return update
+
+
+def _check_tickets(found: Params, broadcast: Broadcast, *, wanted: bool) -> None:
+    """All clients must have masks for the same weights, or the mean over those who hold an entry means nothing."""
+    names = prunable(broadcast.params) if wanted else ()
+    if found.keys() != set(names):
+        rule = f"must have masks of its own for {', '.join(names)}" if wanted else "must have no masks of its own"
+        raise ValueError(f"the update {rule}, got {', '.join(found) or 'none'}")
 
 
 def state_content(state: Params) -> RecordDict:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fedsim import params as p
 from fedsim import rng, wire
@@ -13,10 +15,13 @@ from fedsim.engines.engine import Job, client_key
 from fedsim.engines.folding import Part, alone, fold
 from fedsim.engines.local.plan import LARGEST_CHUNK, Plan
 from fedsim.errors import ClientError, FedsimError
-from fedsim.records import Broadcast, Indices, Params, Partition, StackedUpdate
-from fedsim.training.client import train_client
+from fedsim.records import Broadcast, ClientUpdate, Indices, Params, Partition, StackedUpdate
+from fedsim.training import masking
+from fedsim.training.client import opened, train_client
 from fedsim.training.stacked import Group, Trained, group_of, train_stacked
 from fedsim.training.steps import Step, step_of
+from fedsim.training.stopping import places
+from fedsim.transforms.outgoing import outgoing
 
 Task = Sequence[Sequence[int]]  # blocks of clients
 Watch = Callable[[int], None]
@@ -92,7 +97,21 @@ class Trainer:
             seeded = rng.torch_seeded(client_key(key, own[0])) if work.seeded else nullcontext()
             with _naming(broadcast.round, own), seeded:
                 trained = train_stacked(work, self.step, broadcast, pool, whole.lanes(start, end))
-            yield _stacked_update(broadcast, own, whole.sizes[start:end], trained)
+            stacked = _stacked_update(broadcast, own, sizes_of(self.job.data.partition, own), trained)
+            yield from self._sent(broadcast, stacked, whole.states[start:end], key)
+
+    def _sent(
+        self, broadcast: Broadcast, trained: StackedUpdate, states: Sequence[Params], key: int
+    ) -> Iterator[StackedUpdate]:
+        """What clients send of what they have trained; one by one if it is compressed. ``states``: from before."""
+        if self.job.compression is None:
+            yield trained
+            return
+        for lane, (client, state) in enumerate(zip(trained.clients, states, strict=True)):
+            with _naming(broadcast.round, [client]):
+                one = _lane(broadcast, trained, lane)
+                update = outgoing(self.job.compression, broadcast, one, state, client_key(key, client))
+            yield alone(update, wire.sent_up(update, broadcast))
 
     def _plainly(
         self, broadcast: Broadcast, clients: Sequence[int], states: Mapping[int, Params], key: int, watch: Watch
@@ -103,18 +122,35 @@ class Trainer:
             watch(client)
             data, state = self.job.data.client(client), states.get(client) or fresh
             with _naming(broadcast.round, [client]):
-                trained = train_client(self.job.work, broadcast, client, data, state=state, key=client_key(key, client))
-            yield alone(trained, wire.sent_up(trained, broadcast))
+                own = client_key(key, client)
+                trained = train_client(self.job.work, broadcast, client, data, state=state, key=own)
+                update = outgoing(self.job.compression, broadcast, trained, state, own)
+            yield alone(update, wire.sent_up(update, broadcast))
 
     def _group(self, broadcast: Broadcast, clients: Sequence[int], states: Mapping[int, Params], key: int) -> Group:
-        """Batches, keys and states of these clients."""
-        partition, device = self.job.data.partition, self.job.data.train.labels.device
-        sizes = sizes_of(partition, clients)
-        keys = rng.fold_tensor(rng.as_tensor(rng.fold(key, "client")), torch.tensor(clients))
-        rows = torch.from_numpy(rows_of(partition, clients, sizes))
+        """Batches, keys, states and starts of these clients."""
+        work, partition, device = self.job.work, self.job.data.partition, self.job.data.train.labels.device
+        keys = rng.fold_tensor(rng.as_tensor(rng.fold(key, "client")), torch.tensor(clients)).to(device)
         fresh = self.job.strategy.local.init(broadcast.params)  # nobody changes a state in place
         own = tuple(states.get(client) or fresh for client in clients)
-        return group_of(self.job.work, rows.to(device), sizes, keys.to(device), own)
+        if work.tickets is None:
+            sizes = sizes_of(partition, clients)
+            rows = torch.from_numpy(rows_of(partition, clients, sizes)).to(device)
+            return group_of(work, rows, sizes, keys, own)
+        held = [self._parted(client) for client in clients]
+        sizes, rows = tuple(len(trained) for trained, _ in held), pad_sequence([t for t, _ in held], batch_first=True)
+        begun = []
+        for client, (_, judged), state in zip(clients, held, own, strict=True):
+            with _naming(broadcast.round, [client]):
+                begun.append(opened(work, broadcast, self.job.data.train.take(judged.to(device)), state))
+        opened_states, starts = zip(*begun, strict=True)
+        return group_of(work, rows.to(device), sizes, keys, opened_states, starts=starts)
+
+    def _parted(self, client: int) -> tuple[Tensor, Tensor]:
+        """Where in the pool the examples lie that a client trains on, and those it is judged by."""
+        rows = torch.from_numpy(self.job.data.partition.client(client))
+        trained, judged = places(self.job.work.validation, len(rows), client)
+        return rows[trained], rows[judged]
 
 
 def trainer(job: Job, plan: Plan, *, mixes: bool) -> Trainer:
@@ -185,6 +221,20 @@ def _bytes_up(broadcast: Broadcast, clients: int, trained: Trained) -> tuple[int
         return wire.update_bytes(update, buffers, ("train_loss",), masks=broadcast.masks, kept=kept)
 
     return tuple(map(of, range(clients))) if trained.kept else (of(0),) * clients
+
+
+def _lane(broadcast: Broadcast, stacked: StackedUpdate, lane: int) -> ClientUpdate:
+    """The result of one client (views)."""
+    return ClientUpdate(
+        client=stacked.clients[lane],
+        update=p.lanes(stacked.update, lane),
+        buffers=p.lanes(stacked.buffers, lane),
+        num_examples=stacked.num_examples[lane],
+        metrics={name: values[lane] for name, values in stacked.metrics.items()},
+        state=p.lanes(stacked.states, lane),
+        mask_version=masking.version(broadcast),
+        kept=p.lanes(stacked.kept, lane),
+    )
 
 
 def _of(results: Sequence[StackedUpdate], block: set[int]) -> Iterator[StackedUpdate]:

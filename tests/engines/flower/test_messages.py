@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,46 @@ def test_an_update_that_answers_something_else_is_refused(change: dict[str, Any]
     assert m.read_update(m.update_content(ClientUpdate(**GOOD)), GLOBAL, 3).num_examples == 5
     with pytest.raises(ValueError, match=message):
         m.read_update(m.update_content(ClientUpdate(**{**GOOD, **change})), GLOBAL, 3)
+
+
+TICKET = {"w": torch.tensor([[True, False, True]])}
+WIDE = Broadcast({"w": torch.zeros(1, 3), "b": torch.zeros(1)}, {}, {}, 1)
+
+
+def with_ticket(kept: Params, w: list[float]) -> RecordDict:
+    update = {"w": torch.tensor([w]), "b": torch.ones(1)}
+    return over_the_wire(m.update_content(ClientUpdate(3, update, {}, 5, {"train_loss": 0.5}, {}, 0, kept)))
+
+
+def test_masks_of_its_own_come_with_an_update_where_clients_have_some() -> None:
+    found = m.read_update(with_ticket(TICKET, [1.0, 0.0, -2.0]), WIDE, 3, tickets=True)
+    assert p.same_bits(found.kept, TICKET) and found.update["w"].tolist() == [[1.0, 0.0, -2.0]]
+    without = m.read_update(with_ticket({}, [1.0, 0.5, -2.0]), replace(WIDE, probe=True), 3, tickets=True)
+    assert without.kept == {}  # a gradient that was asked for is dense
+
+
+@pytest.mark.parametrize(
+    ("kept", "w", "tickets", "rule"),
+    [
+        (TICKET, [1.0, 0.0, 2.0], False, "the update must have no masks of its own, got w"),
+        ({}, [1.0, 0.0, 2.0], True, "the update must have masks of its own for w, got none"),
+        ({"b": torch.ones(1, dtype=torch.bool)}, [1.0, 0.0, 2.0], True, "must have masks of its own for w, got b"),
+        ({**TICKET, "b": torch.ones(1, dtype=torch.bool)}, [1.0, 0.0, 2.0], True, "for w, got w, b"),
+    ],
+)
+def test_masks_that_nobody_asked_for_or_that_are_not_those_of_all_clients_are_refused(
+    kept: Params, w: list[float], tickets: bool, rule: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"{rule}$"):
+        m.read_update(with_ticket(kept, w), WIDE, 3, tickets=tickets)
+
+
+def test_a_mask_of_another_shape_is_refused() -> None:
+    update = {"w": torch.tensor([[1.0], [0.0], [2.0]]), "b": torch.ones(1)}
+    tall = {"w": torch.tensor([[True], [False], [True]])}
+    content = m.update_content(ClientUpdate(3, update, {}, 5, {"train_loss": 0.5}, {}, 0, tall))
+    with pytest.raises(ValueError, match=r"w: its mask must have the shape \[1, 3\], got \[3, 1\]$"):
+        m.read_update(content, WIDE, 3, tickets=True)
 
 
 def blob(data: bytes, stype: str = m.STYPE) -> RecordDict:
