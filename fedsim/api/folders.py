@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from fedsim.config.tables import KINDS
 from fedsim.engines.engine import Engine
 from fedsim.errors import ConfigError, DataError, FedsimError
 from fedsim.federation import Federation, job, start
+from fedsim.models.cost import costs
 from fedsim.params import check_alike, num_entries
-from fedsim.recording import SPLIT_DETAIL_CLIENTS, Facts, Kind, fingerprint, split_facts
+from fedsim.pruning.masks import prunable
+from fedsim.recording import SPLIT_DETAIL_CLIENTS, Facts, Kind, Weight, fingerprint, split_facts
 from fedsim.records import Params
 
 
@@ -77,7 +80,23 @@ def facts_of(config: Config, federation: Federation, kind: Kind = "federated") -
         num_classes=federation.data.num_classes,
         rounds=config.train.rounds,
         target_accuracy=config.train.target_accuracy,
+        weights={} if federation.pruning is None or kind != "federated" else _weights(federation),
     )
+
+
+def _weights(federation: Federation) -> dict[str, Weight]:
+    """What can be pruned. What its arithmetic costs is not known of a model that cannot be called with zeros."""
+    params, inputs = start(federation).params, federation.data.train.inputs
+    try:
+        found = costs(federation.work.model, build.shape_of(federation.data).input_shape, inputs.dtype)
+    except ValueError:
+        found = []
+    macs = {one.path: one.macs for one in found}
+    entries: Counter[str] = Counter()  # of the weights of each layer, of which a recurrent one has several
+    for name in prunable(params):
+        entries[name.rpartition(".")[0]] += params[name].numel()
+    uses = {path: macs[path] // count for path, count in entries.items() if macs.get(path)}
+    return {name: Weight(tuple(params[name].shape), uses.get(name.rpartition(".")[0])) for name in prunable(params)}
 
 
 def _code(config: Config) -> dict[str, str]:

@@ -54,7 +54,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-_STYLED = style.context(["default", _STYLE])  # a decorator: the same look whatever the user's matplotlibrc says
+STYLED = style.context(["default", _STYLE])  # a decorator: the same look whatever the user's matplotlibrc says
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ class Series:
 # ---------------------------------------------------------------- curves
 
 
-@_STYLED
+@STYLED
 def curves(series: Sequence[Series], *, x: str, y: str, percent: bool = False, target: float | None = None) -> Figure:
     """Lines over a common axis, with their bands; ``target`` adds a dotted level line."""
-    fig, (axes,) = _figure()
+    fig, (axes,) = blank()
     few = max(len(s.x) for s in series) <= 30 and len(series) <= 2
     for s in series:
         axes.plot(
@@ -93,7 +93,7 @@ def curves(series: Sequence[Series], *, x: str, y: str, percent: bool = False, t
             axes.fill_between(s.x, low, high, color=SERIES[colour(s.number)], alpha=0.16)
     if target is not None:
         axes.axhline(target, color=MUTED, linestyle=(0, (2, 2)), linewidth=1.2)
-    _label(axes, x=x, y=y, percent_y=percent)
+    labelled(axes, x=x, y=y, percent_y=percent)
     return fig
 
 
@@ -107,7 +107,7 @@ def dash(number: int) -> int:
     return number // len(SERIES) % len(_DASHES)
 
 
-@_STYLED
+@STYLED
 def bands(rounds: Sequence[int], quantiles: Floats) -> Figure:
     """Client accuracy by round: least to greatest, 10 % to 90 %, and the median.
 
@@ -115,21 +115,21 @@ def bands(rounds: Sequence[int], quantiles: Floats) -> Figure:
         rounds: ascending.
         quantiles: (5, rounds): minimum, 10 %, median, 90 %, maximum, each in [0, 1].
     """
-    fig, (axes,) = _figure()
+    fig, (axes,) = blank()
     low, p10, median, p90, high = quantiles
     axes.fill_between(rounds, low, high, color=SERIES[0], alpha=0.16)
     axes.fill_between(rounds, p10, p90, color=SERIES[0], alpha=0.30)
     axes.plot(rounds, median, color=SERIES[0], marker="o" if len(rounds) <= 30 else "", markersize=4)
-    _label(axes, x="round", y="accuracy of a client", percent_y=True)
+    labelled(axes, x="round", y="accuracy of a client", percent_y=True)
     return fig
 
 
-@_STYLED
+@STYLED
 def histogram(values: Sequence[float], *, x: str, percent: bool = False, span: tuple[float, float]) -> Figure:
     """How many clients lie where, in 20 bins over ``span``."""
-    fig, (axes,) = _figure()
+    fig, (axes,) = blank()
     _bars(axes, values, span)
-    _label(axes, x=x, y="clients", percent_x=percent)
+    labelled(axes, x=x, y="clients", percent_x=percent)
     return fig
 
 
@@ -142,7 +142,7 @@ def _bars(axes: Axes, values: Sequence[float], span: tuple[float, float]) -> Non
 # ---------------------------------------------------------------- the split
 
 
-@_STYLED
+@STYLED
 def split_heatmap(split: Mapping[str, Any]) -> Figure:
     """Label counts as a map of clients by classes, with the size of each client beside it.
 
@@ -160,12 +160,12 @@ def split_heatmap(split: Mapping[str, Any]) -> Figure:
     clients, classes = counts.shape
     rows, group = _grouped(counts)  # (rows, classes)
     edges = np.minimum(np.arange(len(rows) + 1) * group, clients) - 0.5
-    fig, (heat, bars) = _figure(1, 2, height=_split_height(clients), width_ratios=[4, 1], sharey=True)
+    fig, (heat, bars) = blank(1, 2, height=_split_height(clients), width_ratios=[4, 1], sharey=True)
     image = heat.imshow(
         np.ma.masked_equal(rows, 0),
         aspect="auto",
         interpolation="none",
-        cmap=_heat(),
+        cmap=one_hue(),
         vmin=0,
         vmax=max(float(rows.max()), 1.0),
         extent=(-0.5, classes - 0.5, clients - 0.5, -0.5),
@@ -198,8 +198,8 @@ def _grouped(counts: Floats) -> tuple[Floats, int]:
     return np.add.reduceat(counts, starts, axis=0) / sizes[:, None], group
 
 
-def _heat() -> LinearSegmentedColormap:
-    """One hue from faint to full; absent stays background, so the map reads on white and on black."""
+def one_hue() -> LinearSegmentedColormap:
+    """From faint to full; what is absent stays background, so the map reads on white and on black."""
     rgb = to_rgb(SERIES[0])
     return LinearSegmentedColormap.from_list("heat", [(*rgb, 0.12), (*rgb, 1.0)])
 
@@ -219,26 +219,28 @@ def _short(name: str, limit: int = 14) -> str:
     return name if len(name) <= limit else name[: limit - 1] + "…"
 
 
-@_STYLED
+@STYLED
 def split_skew(effective_classes: Sequence[float], distance: Sequence[float], num_classes: int) -> Figure:
     """Two histograms over clients: effective number of classes, and distance of the label mix from that of all."""
-    fig, (first, second) = _figure(2, height=_split_height(len(distance)))
+    fig, (first, second) = blank(2, height=_split_height(len(distance)))
     _bars(first, effective_classes, (1, max(num_classes, 2)))
     _bars(second, distance, (0, 2 if max(distance, default=0) > 1 else 1))
-    _label(first, x=f"effective classes (of {num_classes})", y="clients")
-    _label(second, x="earth mover's distance to the label mix of all", y="clients")
+    labelled(first, x=f"effective classes (of {num_classes})", y="clients")
+    labelled(second, x="earth mover's distance to the label mix of all", y="clients")
     return fig
 
 
 # ---------------------------------------------------------------- shared
 
 
-def _figure(rows: int = 1, columns: int = 1, *, height: float = HEIGHT, **grid: Any) -> tuple[Figure, list[Axes]]:
+def blank(rows: int = 1, columns: int = 1, *, height: float = HEIGHT, **grid: Any) -> tuple[Figure, list[Axes]]:
+    """A figure with empty axes, by rows."""
     fig = Figure(figsize=(WIDTH / 72, height / 72), dpi=72, layout="constrained")
     return fig, list(fig.subplots(rows, columns, squeeze=False, **grid).flat)
 
 
-def _label(axes: Axes, *, x: str, y: str, percent_x: bool = False, percent_y: bool = False) -> None:
+def labelled(axes: Axes, *, x: str, y: str, percent_x: bool = False, percent_y: bool = False) -> None:
+    """Name the axes; ticks of rounds are whole numbers, those of fractions per cent."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if x == "round":

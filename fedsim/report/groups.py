@@ -45,7 +45,8 @@ class Group:
 
     label: the group in a legend, no two alike. settings: the keys by which the groups differ, as text.
     seeds: of all its runs, in order.
-    rounds_to_target: over the runs that reached it, so its n may be less than that of the others.
+    rounds_to_target, bytes_to_target: over the runs that reached it, so their n may be less than that of the others.
+    sparsity: over the runs that were pruned.
     """
 
     label: str
@@ -56,6 +57,8 @@ class Group:
     best_accuracy: Statistic | None
     loss: Statistic | None
     rounds_to_target: Statistic | None
+    bytes_to_target: Statistic | None
+    sparsity: Statistic | None
     traffic: Statistic | None
     seconds: Statistic | None
 
@@ -123,6 +126,8 @@ def _group(members: Sequence[Run], by: Sequence[str], label: str) -> Group:
         best_accuracy=_statistic(r.best.accuracy for r in ended),
         loss=_statistic(r.final.loss for r in ended),
         rounds_to_target=_statistic(r.rounds_to_target for r in ended),
+        bytes_to_target=_statistic(r.bytes_to_target for r in ended),
+        sparsity=_statistic(r.sparsity for r in ended),
         traffic=_statistic(r.traffic for r in ended),
         seconds=_statistic(r.seconds for r in ended),
     )

@@ -1,7 +1,7 @@
 """What the two pages share: the template environment, numbers as text, and charts with their legend."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from fedsim.report import figures, svg
 from fedsim.report.figures import Series
-from fedsim.report.numbers import byte_unit, number, percent
+from fedsim.report.numbers import ABSENT, byte_unit, number, percent
 
 _HERE = Path(__file__).parent
 
@@ -52,6 +52,17 @@ class Table:
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+
+def table(title: str, columns: Mapping[str, Sequence[str]]) -> Table:
+    """The columns side by side, without those in which no cell has a value."""
+    present = {name: cells for name, cells in columns.items() if any(cell != ABSENT for cell in cells)}
+    return Table(title, tuple(present), tuple(zip(*present.values(), strict=True)))
+
+
+def column(values: Iterable[Any] | None, shown: Callable[[Any], str]) -> list[str]:
+    """Values as the cells of a column; a dash for None."""
+    return [ABSENT if v is None else shown(v) for v in values or ()]
 
 
 def render(template: str, **values: Any) -> bytes:

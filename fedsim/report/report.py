@@ -11,9 +11,12 @@ import yaml
 from markupsafe import Markup
 
 from fedsim import runs
+from fedsim.errors import DataError
+from fedsim.records import Params
 from fedsim.report import sections
 from fedsim.report.numbers import ABSENT, duration, number, percent, size
 from fedsim.report.page import leaves, render
+from fedsim.report.pruning import pruning
 from fedsim.report.results import Point, Results, results
 
 BASELINES = {
@@ -51,23 +54,45 @@ def write(folder: Path) -> Path:
 def page(run: runs.RunFolder) -> bytes:
     """The page of a run; the same folder content gives the same bytes."""
     found, evaluations, facts, config = results(run), run.clients(), run.split(), run.config()
+    summary = run.summary()
+    parts = [
+        sections.learning(found),
+        _pruning(run, found, config, summary),
+        sections.clients(evaluations, found.kind),
+        sections.split(facts, evaluations),
+        sections.rounds(found),
+    ]
     return render(
         "report.html",
         title=found.name,
         folder=run.path.resolve().name,
         found=found,
-        note=_note(found.kind, run.summary()),
+        note=_note(found.kind, summary),
         about=_about(config),
         tiles=_tiles(found, facts, config),
-        sections=[
-            sections.learning(found),
-            sections.clients(evaluations, found.kind),
-            sections.split(facts, evaluations),
-            sections.rounds(found),
-        ],
+        sections=[part for part in parts if part is not None],
         config=_highlighted(config),
         environment={key: _plain(value) for key, value in leaves(run.environment()).items()},
     )
+
+
+def _pruning(
+    run: runs.RunFolder, found: Results, config: Mapping[str, Any], summary: Mapping[str, Any]
+) -> sections.Section | None:
+    method = config.get("pruning")
+    name = str(method.get("name")) if isinstance(method, Mapping) and found.kind == "federated" else ""
+    tensors = None if found.sparsity is None else _model(run)
+    return pruning(found, name, summary.get("model") or {}, tensors)
+
+
+def _model(run: runs.RunFolder) -> Params | None:
+    """The model; None of a run that was killed before its first checkpoint, or is just writing another."""
+    try:
+        return run.model()
+    except DataError:
+        if (run.path / "model.safetensors").exists():
+            raise
+        return None
 
 
 def _note(kind: str, summary: Mapping[str, Any]) -> str:
@@ -111,6 +136,8 @@ def _tiles(found: Results, facts: Mapping[str, Any], config: Mapping[str, Any]) 
         Tile("Sent down", size(found.bytes_down), "server to clients", found.bytes_down),
         Tile("Wall time", duration(found.seconds), "", found.seconds),
     ]
+    if found.sparsity is not None:
+        tiles.append(Tile("Sparsity", percent(found.sparsity), "of prunable weights", found.sparsity))
     if found.epsilon is not None:
         tiles.append(Tile("Epsilon", number(found.epsilon), "privacy spent", found.epsilon))
     return tiles

@@ -29,7 +29,8 @@ class Results:
     """Headline numbers of one run, with its rounds.
 
     kind: federated, one of the two baselines (centralised, alone), or flower-app. planned: rounds that were asked for.
-    rounds_to_target: None without a target, or if it was not reached.
+    rounds_to_target, bytes_to_target: None without a target, or if it was not reached.
+    sparsity: share of prunable weights that is gone in the end; None if nothing was pruned.
     bytes_up, bytes_down, seconds: all rounds together. error: why the run failed.
     """
 
@@ -43,6 +44,8 @@ class Results:
     best: Point
     target: float | None
     rounds_to_target: float | None
+    bytes_to_target: float | None
+    sparsity: float | None
     bytes_up: int
     bytes_down: int
     seconds: float
@@ -86,6 +89,8 @@ def results(run: RunFolder) -> Results:
         best=_point(found["best"]),
         target=target,
         rounds_to_target=found.get("rounds_to_target"),
+        bytes_to_target=found.get("bytes_to_target"),
+        sparsity=found.get("sparsity"),
         bytes_up=found["totals"]["bytes_up"],
         bytes_down=found["totals"]["bytes_down"],
         seconds=found["totals"]["seconds"],

@@ -1,6 +1,6 @@
 """The parts of a run's page: each takes what was read from the folder and says in words what is not there."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from fedsim.records import ClientEvaluation, Indices, RoundRecord
 from fedsim.report import figures
 from fedsim.report.figures import Floats, Series
 from fedsim.report.numbers import ABSENT, duration, number, percent, size
-from fedsim.report.page import Chart, Key, Table, chart, curve_chart
+from fedsim.report.page import Chart, Key, Table, chart, column, curve_chart, table
 from fedsim.report.results import Results, curve
 
 
@@ -150,28 +150,18 @@ def _client_table(facts: Mapping[str, Any], sizes: Sequence[int], evaluations: S
     last = max((e.round for e in evaluations), default=0)
     final = {e.client: e for e in evaluations if e.round == last}
     after = [final.get(k) for k in range(len(sizes))] if final else []
-    return _table(
+    return table(
         "Every client",
         {
             "client": [str(k) for k in range(len(sizes))],
-            "examples": _column(sizes, number),
-            "held out": _column(facts.get("test_sizes"), number),
-            "effective classes": _column(facts.get("effective_classes"), "{:.2f}".format),
-            "earth mover's distance": _column(facts.get("earth_movers_distance"), "{:.3f}".format),
-            "final accuracy": _column([e and e.accuracy for e in after], percent),
-            "final loss": _column([e and e.loss for e in after], number),
+            "examples": column(sizes, number),
+            "held out": column(facts.get("test_sizes"), number),
+            "effective classes": column(facts.get("effective_classes"), "{:.2f}".format),
+            "earth mover's distance": column(facts.get("earth_movers_distance"), "{:.3f}".format),
+            "final accuracy": column([e and e.accuracy for e in after], percent),
+            "final loss": column([e and e.loss for e in after], number),
         },
     )
-
-
-def _table(title: str, columns: Mapping[str, Sequence[str]]) -> Table:
-    """The columns side by side, without those in which no cell has a value."""
-    present = {name: cells for name, cells in columns.items() if any(cell != ABSENT for cell in cells)}
-    return Table(title, tuple(present), tuple(zip(*present.values(), strict=True)))
-
-
-def _column(values: Iterable[Any] | None, shown: Callable[[Any], str]) -> list[str]:
-    return [ABSENT if v is None else shown(v) for v in values or ()]
 
 
 def _known(values: Iterable[float | None] | None) -> list[float]:
@@ -215,20 +205,22 @@ def rounds(found: Results) -> Section:
     if not found.rounds:
         return Section("Rounds", "No round was finished.")
     records = found.rounds
-    table = _table(
+    listed = table(
         f"All {len(records)} rounds" if len(records) > 1 else "The one round",
         {
             "round": [str(r.round) for r in records],
-            "accuracy": _column((r.accuracy for r in records), percent),
-            "loss": _column((r.loss for r in records), number),
-            "training loss": _column((r.train_loss for r in records), number),
+            "accuracy": column((r.accuracy for r in records), percent),
+            "loss": column((r.loss for r in records), number),
+            "training loss": column((r.train_loss for r in records), number),
             "clients": [number(r.clients) for r in records],
             "left out": [_left_out(r) for r in records],
             "up": [size(r.bytes_up) for r in records],
             "down": [size(r.bytes_down) for r in records],
             "time": [duration(r.seconds) for r in records],
-            "epsilon": _column((r.epsilon for r in records), number),
+            "epsilon": column((r.epsilon for r in records), number),
+            "sparsity": column((r.sparsity for r in records), percent),
+            "overlap": column((r.overlap for r in records), percent),
         },
     )
     per_round = found.seconds / len(records)
-    return Section("Rounds", f"A round took {duration(per_round)} on average.", table=table)
+    return Section("Rounds", f"A round took {duration(per_round)} on average.", table=listed)

@@ -10,16 +10,18 @@ from fedsim.report.results import Results
 def rows(comparison: Comparison) -> list[dict[str, str]]:
     """One line per run, column title -> text, every line with the same columns."""
     with_target = any(run.results.target is not None for run in comparison.runs)
-    return [_row(run, comparison.differing, with_target) for run in comparison.runs]
+    pruned = any(run.results.sparsity is not None for run in comparison.runs)
+    return [_row(run, comparison.differing, with_target, pruned) for run in comparison.runs]
 
 
-def _row(run: Run, differing: tuple[str, ...], with_target: bool) -> dict[str, str]:
+def _row(run: Run, differing: tuple[str, ...], with_target: bool, pruned: bool) -> dict[str, str]:
     found = run.results
     return {
         "run": run.folder,
         "accuracy": percent(found.final.accuracy),
         "best accuracy": percent(found.best.accuracy),
-        **({"rounds to target": _to_target(found)} if with_target else {}),
+        **({"sparsity": percent(found.sparsity)} if pruned else {}),
+        **(_to_target(found) if with_target else {}),
         "rounds": number(len(found.rounds)),
         "up": size(found.bytes_up),
         "down": size(found.bytes_down),
@@ -29,28 +31,30 @@ def _row(run: Run, differing: tuple[str, ...], with_target: bool) -> dict[str, s
     }
 
 
-def _to_target(found: Results) -> str:
-    if found.target is None:
-        return ABSENT
-    if found.rounds_to_target is None:
-        return "not reached" if found.status == "finished" else ABSENT
-    return number(found.rounds_to_target)
+def _to_target(found: Results) -> dict[str, str]:
+    rounds, sent = number(found.rounds_to_target), size(found.bytes_to_target)
+    if found.target is not None and found.rounds_to_target is None and found.status == "finished":
+        rounds = sent = "not reached"
+    return {"rounds to target": rounds, "bytes to target": sent}
 
 
 def group_rows(comparison: Comparison) -> list[dict[str, str]]:
     """One line per group, column title -> text, values as mean ± standard deviation."""
     with_target = any(group.rounds_to_target for group in comparison.groups)
-    return [_group_row(group, with_target) for group in comparison.groups]
+    pruned = any(group.sparsity for group in comparison.groups)
+    return [_group_row(group, with_target, pruned) for group in comparison.groups]
 
 
-def _group_row(group: Group, with_target: bool) -> dict[str, str]:
+def _group_row(group: Group, with_target: bool, pruned: bool) -> dict[str, str]:
     n = len(group.finished)
+    rounds, sent = _number(group.rounds_to_target, n), _size(group.bytes_to_target, n)
     return {
         "group": group.label,
         "n": str(n),
         "accuracy": _percent(group.accuracy, n),
         "best accuracy": _percent(group.best_accuracy, n),
-        **({"rounds to target": _number(group.rounds_to_target, n)} if with_target else {}),
+        **({"sparsity": _percent(group.sparsity, n)} if pruned else {}),
+        **({"rounds to target": rounds, "bytes to target": sent} if with_target else {}),
         "loss": _number(group.loss, n),
         "traffic": _size(group.traffic, n),
         "time": _duration(group.seconds, n),

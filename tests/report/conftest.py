@@ -5,13 +5,14 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedsim import rng, runs
 from fedsim.records import ClientEvaluation, RoundRecord
@@ -143,6 +144,25 @@ ENVIRONMENT = {
 }
 
 
+WEIGHTS = {  # of a model before pruning: shape, and uses of an entry for one example
+    "conv.weight": ((4, 1, 3, 3), 64),
+    "fc.weight": ((8, 16), 1),
+    "head.weight": ((5, 8), None),
+}
+
+
+def pruned_records(made: list[RoundRecord], names: Sequence[str], every: int = 4) -> list[RoundRecord]:
+    """Level i, from round ``every * i + 1`` on, has sparsity ``1 - 0.8^i``; the last of ``names`` is pruned less."""
+    found = []
+    for r in made:
+        level = (r.round - 1) // every
+        left = {name: (0.9 if name == names[-1] else 0.8) ** level for name in names}
+        sent = {"bytes_up": int(r.bytes_up * 0.8**level), "bytes_down": int(r.bytes_down * 0.8**level)}
+        told = {"sparsity": 1 - 0.8**level, "remaining": left} if level else {}
+        found.append(dataclasses.replace(r, **sent, **told))
+    return found
+
+
 @dataclasses.dataclass
 class Maker:
     """Makes run folders below one folder, from what its other functions build."""
@@ -153,6 +173,7 @@ class Maker:
     records = staticmethod(records)
     summary = staticmethod(summary)
     split = staticmethod(split)
+    pruned_records = staticmethod(pruned_records)
 
     def __call__(
         self,
@@ -189,6 +210,28 @@ def make(tmp_path: Path) -> Maker:
 def whole(make: Maker) -> Path:
     made = records(20)
     return make(made=made, with_summary=summary(made), with_split=split())
+
+
+def model() -> dict[str, torch.Tensor]:
+    """Tensors with as many zeros as remain of WEIGHTS after 12 rounds, and others that cannot be pruned."""
+    tensors = {"fc.bias": torch.ones(8), "norm.running_mean": torch.zeros(4)}
+    for name, (shape, _) in WEIGHTS.items():
+        tensor = rng.normal(rng.fold(5, name), math.prod(shape))
+        tensor[: tensor.numel() // 3] = 0.0
+        tensors[name] = tensor.reshape(shape)
+    return tensors
+
+
+@pytest.fixture
+def pruned(make: Maker) -> Path:
+    """A run of 12 rounds and three levels, with its model."""
+    made = pruned_records(records(12), tuple(WEIGHTS))
+    facts = {"parameters": 300, "parameters_left": 210}
+    weights = {name: {"shape": list(shape), "uses": uses} for name, (shape, uses) in WEIGHTS.items()}
+    conf = config(train__rounds=12) | {"pruning": {"name": "lottery-ticket", "rate": 0.2, "every": 4}}
+    folder = make(conf=conf, made=made, with_summary=summary(made, model={**facts, "weights": weights}))
+    runs.save_model(folder, model(), {})
+    return folder
 
 
 @pytest.fixture

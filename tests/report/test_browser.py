@@ -126,7 +126,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture
-def pages(whole: Path, make: Any, tmp_path: Path) -> dict[str, Path]:
+def pages(whole: Path, pruned: Path, make: Any, tmp_path: Path) -> dict[str, Path]:
     long = "x" * 300
     wide = make(conf=make.config(name=long, model__init=long), made=make.records(2))
     runs.write_json(wide / "environment.json", {long: long})
@@ -134,6 +134,7 @@ def pages(whole: Path, make: Any, tmp_path: Path) -> dict[str, Path]:
     return {
         "whole": report.write(whole),
         "wide": report.write(wide),
+        "pruned": report.write(pruned),
         "compared": compare.write(compare_runs(folders), tmp_path / "compare.html"),
     }
 
@@ -177,7 +178,7 @@ def test_accuracy_is_in_view_on_a_phone(browser: Browser, pages: dict[str, Path]
 
 def test_chart_text_stands_out_from_its_card_in_both_schemes(browser: Browser, pages: dict[str, Path]):
     for scheme in ("light", "dark"):
-        browser.open(pages["whole"], width=1280, height=800, scheme=scheme)
+        browser.open(pages["pruned"], width=1280, height=800, scheme=scheme)
         card = browser.evaluate("getComputedStyle(document.querySelector('figure')).backgroundColor")
         fills = browser.evaluate(
             "[...new Set([...document.querySelectorAll('figure svg text')].map(t => getComputedStyle(t).fill))]"

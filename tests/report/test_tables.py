@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import statistics
 
@@ -26,8 +27,23 @@ def test_rounds_to_target_count_only_the_runs_that_got_there(make):
     assert compared.groups[0].rounds_to_target == Statistic(
         pytest.approx(statistics.mean(reached)), pytest.approx(statistics.stdev(reached)), 2
     )
-    assert tables.rows(compared)[2]["rounds to target"] == "not reached"
-    assert tables.group_rows(compared)[0]["rounds to target"].endswith("(n = 2)")
+    assert tables.rows(compared)[2]["rounds to target"] == tables.rows(compared)[2]["bytes to target"] == "not reached"
+    for key in ("rounds to target", "bytes to target"):
+        assert tables.group_rows(compared)[0][key].endswith("(n = 2)")
+
+
+def test_sparsity_has_a_column_only_where_a_run_was_pruned(make):
+    made = make.records(4)
+    pruned = [dataclasses.replace(r, sparsity=0.25 * r.round, remaining={"a.weight": 1 - 0.25 * r.round}) for r in made]
+    folders = [
+        make(conf=make.config(seed=seed, strategy={"name": name}), made=own, with_summary=make.summary(own))
+        for seed, name, own in ((1, "fedavg", made), (1, "fedprox", pruned[:2]), (2, "fedprox", pruned[:3]))
+    ]
+    compared = compare([runs.open_run(folder) for folder in folders])
+    assert [line["sparsity"] for line in tables.rows(compared)] == ["–", "50.00 %", "75.00 %"]
+    assert [line["sparsity"] for line in tables.group_rows(compared)] == ["–", "62 ± 18 %"]
+    plain = compare([runs.open_run(folders[0])])
+    assert "sparsity" not in {**tables.rows(plain)[0], **tables.group_rows(plain)[0]}
 
 
 def test_a_single_run_has_no_deviation(whole):
@@ -53,7 +69,8 @@ def test_units_stand_once_and_mean_and_deviation_have_the_same_decimals(sweep):
 
 
 def test_what_a_run_came_to_stands_before_its_settings(sweep):
-    outcome = ["run", "accuracy", "best accuracy", "rounds to target", "rounds", "up", "down", "time", "status"]
+    targets = ["rounds to target", "bytes to target"]
+    outcome = ["run", "accuracy", "best accuracy", *targets, "rounds", "up", "down", "time", "status"]
     settings = ["seed", "data.split.alpha", "strategy.name", "strategy.mu"]
     assert list(tables.rows(compare(sweep))[0]) == outcome + settings
     groups = list(tables.group_rows(compare(sweep))[0])
