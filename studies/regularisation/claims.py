@@ -1,14 +1,19 @@
 """The papers' claims about directions, as differences between runs of one seed: positive where it is as claimed."""
 
-import math
+import sys
 from collections.abc import Callable, Sequence
-from statistics import fmean, stdev
+from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
-from scipy import stats
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import verdicts
+from verdicts import LEVEL
+
+__all__ = ["CLAIMS", "LEVEL", "Claim", "Finding", "findings"]
 
 HOPELESS = 10.0  # nats; guessing among ten classes costs 2.3
-LEVEL = 0.95  # of the one-sided t-test over seeds, each way
 
 Row = dict[str, Any]
 Value = Callable[[Row], float]
@@ -45,18 +50,12 @@ class Finding(NamedTuple):
     @property
     def deviation(self) -> float:
         """Sample deviation over seeds."""
-        return stdev(self.differences) if len(self.differences) > 1 else math.nan
+        return verdicts.deviation(self.differences)
 
     @property
     def verdict(self) -> str:
-        """By a one-sided t-test, each way."""
-        n = len(self.differences)
-        if n < 2:
-            return "not distinguishable"
-        error = self.deviation / math.sqrt(n)
-        t = self.mean / error if error else math.copysign(math.inf, self.mean) if self.mean else 0.0
-        limit = float(stats.t.ppf(LEVEL, n - 1))
-        return "holds" if t > limit else "does not hold here" if t < -limit else "not distinguishable"
+        """By the t-test of all studies."""
+        return verdicts.verdict(self.differences)
 
 
 def gap(row: Row) -> float:

@@ -1,11 +1,10 @@
 """The results page: docs/studies/regularisation.md with its plots, from results.json. python page.py RESULTS FOLDER."""
 
 import json
-import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
@@ -14,6 +13,7 @@ mpl.use("svg")
 import claims
 import matplotlib.pyplot as plt
 from claims import LEVEL, Finding, Row
+from verdicts import deviation
 
 HEAD = """# Regularisers in a federation: what holds here
 
@@ -130,11 +130,7 @@ def _grouped(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
 
 def _told(values: Iterable[float], digits: int) -> str:
     found = [*values]
-    return f"{fmean(found):.{digits}f} ± {_deviation(found):.{digits}f}"
-
-
-def _deviation(values: Sequence[float]) -> float:
-    return stdev(values) if len(values) > 1 else math.nan
+    return f"{fmean(found):.{digits}f} ± {deviation(found):.{digits}f}"
 
 
 def _plot_gaps(rows: Sequence[Row], file: Path) -> None:
@@ -183,7 +179,7 @@ def _plot_heads(rows: Sequence[Row], file: Path) -> None:
             if groups:
                 mus = [float(variant) for _, variant, _ in groups]
                 means = [fmean(map(value, group)) for group in groups.values()]
-                spread = [_deviation([*map(value, group)]) for group in groups.values()]
+                spread = [deviation([*map(value, group)]) for group in groups.values()]
                 axes.errorbar(mus, means, spread, capsize=3, label=f"{told}, {federation}")
     axes.set(xlabel="mu", ylabel="test accuracy, %")
     axes.grid(alpha=0.3)
