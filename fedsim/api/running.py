@@ -10,7 +10,7 @@ from torch import nn
 
 from fedsim import environment, runs
 from fedsim.api import folders
-from fedsim.config import build
+from fedsim.config import build, pruned
 from fedsim.config import load as config_files
 from fedsim.config.foreign import importable
 from fedsim.config.schema import Config
@@ -76,7 +76,7 @@ class Run:
             config = config_files.check(folder.config())
             module = build.model(config, build.ModelShape(tuple(shape["input_shape"]), shape["num_classes"]))
             folders.warn_of_other_code(config, folder)
-            if build.removes_channels(config):
+            if pruned.removes_channels(config):
                 module = _fitted(module, tensors, tuple(shape["input_shape"]))
         params, buffers = of(module)
         folders.check_fits({**params, **buffers}, tensors, folder.path)

@@ -5,17 +5,16 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor, nn
 
 from fedsim import rng
-from fedsim.config import components
-from fedsim.config.components import Component, is_foreign
-from fedsim.config.load import component_at, components_at
-from fedsim.config.problems import refused
+from fedsim.config import components, pruned
+from fedsim.config.components import is_foreign
+from fedsim.config.last_batches import check_last_batches
+from fedsim.config.load import components_at
+from fedsim.config.making import blamed_on, make, of_type, wrong
 from fedsim.config.schema import Config
 from fedsim.config.tables import KINDS
 from fedsim.data import download
@@ -25,27 +24,25 @@ from fedsim.data.federated import FederatedData, assemble, hold_out
 from fedsim.data.partition_files import check as check_partition
 from fedsim.data.partition_files import from_lists
 from fedsim.engines.engine import Engine
-from fedsim.errors import ConfigError, DataError, FedsimError
+from fedsim.errors import ConfigError, DataError
 from fedsim.federation import Federation
 from fedsim.models import batch_norm
 from fedsim.models.drawing import Draws
 from fedsim.models.fixup import fixup, scalar_rates
 from fedsim.models.layers.dropouts import replace_dropout
 from fedsim.models.layers.keyed import key_names, progress_names
-from fedsim.models.zoo import check_model, check_single
+from fedsim.models.zoo import check_model
 from fedsim.params import of
 from fedsim.pruning.pruning import Pruning
-from fedsim.records import Dataset, Indices, Params, Partition
+from fedsim.records import Dataset, Params, Partition
 from fedsim.strategies.strategy import Strategy
 from fedsim.training.client import LocalWork
-from fedsim.training.local_rule import no_state, same_state
-from fedsim.training.masking import Tickets
 from fedsim.training.objective import Objective
 from fedsim.training.optimizers import Optimizer
 from fedsim.training.regularizers import Regularizer, bind
 from fedsim.training.scaled import scaled
 from fedsim.training.schedules import Schedule
-from fedsim.training.stopping import Stopping, held_out
+from fedsim.training.stopping import Stopping
 from fedsim.transforms.transform import Compression, Transform, compose
 
 T = TypeVar("T")
@@ -61,47 +58,6 @@ class ModelShape:
     num_classes: int
 
 
-def make(config: Config, kind: str, **context: Any) -> Any:
-    """Call the factory of the component of this kind; its ValueError becomes a ConfigError at its dotted key.
-
-    Raises:
-        ConfigError: the factory refuses a value.
-        FedsimError: whatever else it says itself.
-    """
-    slot = KINDS[kind]
-    component = component_at(config, slot.path)
-    with _blamed_on(slot.path, component):
-        return components.call(components.factory_of(component.name, slot), component, slot, **context)
-
-
-@contextmanager
-def _blamed_on(path: str, component: Component) -> Iterator[None]:
-    """Turn what a factory raises into a ConfigError, unless it is a fault of ours."""
-    name, foreign = component.name, is_foreign(component.name)
-    try:
-        yield
-    except FedsimError:
-        raise
-    except (Exception, SystemExit) as error:
-        if foreign:
-            raise ConfigError(f"{path}.name: {name} raised {type(error).__name__}: {error}") from error
-        if isinstance(error, ValueError):
-            raise ConfigError(refused(error, path, component.params())) from error
-        if path == "model" and isinstance(error, MemoryError | RuntimeError | TypeError):  # torch, of huge layers
-            raise ConfigError(f"{path}: {name} cannot be made: {str(error).partition(chr(10))[0]}") from error
-        raise
-
-
-def _of_type(wanted: type[T], made: object, path: str, component: Component, what: str = "") -> T:
-    if not isinstance(made, wanted):
-        raise _wrong(made, path, component, what or f"fedsim's {wanted.__name__}")
-    return made
-
-
-def _wrong(made: object, path: str, component: Component, what: str) -> ConfigError:
-    return ConfigError(f"{path}.name: must make {what}, but {component.name} made {type(made).__name__}")
-
-
 def dataset(config: Config, progress: Progress = silent) -> Dataset:
     """Load the dataset, with a held-out test set.
 
@@ -114,7 +70,7 @@ def dataset(config: Config, progress: Progress = silent) -> Dataset:
     found = make(config, "datasets", root=root, key=rng.fold(_data_seed(config), "dataset"), progress=progress)
     component = config.data.dataset
     if is_foreign(component.name):
-        with _blamed_on("data.dataset", component):  # its __getitem__ is foreign, too
+        with blamed_on("data.dataset", component):  # its __getitem__ is foreign, too
             found = from_callable(found, component.name)
     check(found)
     return hold_out(found, config.data.test_fraction, rng.fold(_data_seed(config), "held-out"))
@@ -130,10 +86,10 @@ def partition(config: Config, loaded: Dataset) -> Partition:
     key = rng.fold(_data_seed(config), "split")
     made = make(config, "splits", labels=labels, num_clients=clients, key=key, columns=loaded.columns)
     component = config.data.split
-    with _blamed_on("data.split", component):
+    with blamed_on("data.split", component):
         if isinstance(made, list | tuple):
             made = from_lists(made)
-        found = _of_type(Partition, made, "data.split", component, "a list with the indices of each client")
+        found = of_type(Partition, made, "data.split", component, "a list with the indices of each client")
         check_partition(found, len(loaded.train), clients, max(component.params().get("min_examples", 1), 1))
     return found
 
@@ -146,7 +102,7 @@ def model(config: Config, shape: ModelShape) -> nn.Module:
     Raises:
         ConfigError: it cannot be built.
     """
-    return _model(config, shape, None, _pruning(config)).model
+    return _model(config, shape, None, pruned.pruning(config)).model
 
 
 class _Made(NamedTuple):
@@ -165,8 +121,8 @@ def _model(
     name, key = config.model.name, rng.fold(config.seed, "model") if key is None else key
     with rng.torch_seeded(key):
         made = make(config, "models", input_shape=shape.input_shape, num_classes=shape.num_classes)
-    found = _of_type(nn.Module, made, "model", config.model, "a torch.nn.Module")
-    with _blamed_on("model", config.model):
+    found = of_type(nn.Module, made, "model", config.model, "a torch.nn.Module")
+    with blamed_on("model", config.model):
         _initialised(config, found, rng.fold(key, "init"))
         keyed, seeded = replace_dropout(found), ""
     if config.train.batch_norm == "freeze":
@@ -175,10 +131,10 @@ def _model(
     objective = _regularized(config, found, rng.fold(key, "regularizers"))
     if pruning is not None:
         assert config.pruning is not None  # which it was made of
-        with _blamed_on("pruning", config.pruning), rng.torch_seeded(rng.fold(key, "pruning")):
+        with blamed_on("pruning", config.pruning), rng.torch_seeded(rng.fold(key, "pruning")):
             objective = pruning.bind(found, objective)
             pruning.check(found, shape.input_shape)
-    with _blamed_on("model", config.model):
+    with blamed_on("model", config.model):
         if example is not None:
             seeded = check_model(found, shape.input_shape, shape.num_classes, example, name=name)
     return _Made(found, objective, Draws(keyed, seeded))
@@ -206,7 +162,7 @@ def _regularized(config: Config, built: nn.Module, key: int) -> Objective:
     listed = components_at(config, kind)
 
     def blamed(number: int) -> AbstractContextManager[None]:
-        return _blamed_on(f"{kind.path}.{number}", listed[number])
+        return blamed_on(f"{kind.path}.{number}", listed[number])
 
     return bind(built, _all_made(config, "regularizers", Regularizer), key, blamed=blamed)
 
@@ -216,9 +172,9 @@ def _all_made(config: Config, kind: str, wanted: type[T]) -> list[T]:
     slot, made = KINDS[kind], []
     for number, component in enumerate(components_at(config, slot)):
         path = f"{slot.path}.{number}"
-        with _blamed_on(path, component):
+        with blamed_on(path, component):
             one = components.call(components.factory_of(component.name, slot), component, slot)
-            made.append(_of_type(wanted, one, path, component))
+            made.append(of_type(wanted, one, path, component))
     return made
 
 
@@ -276,9 +232,9 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
         kept=kept,
         max_grad_norm=train.max_grad_norm,
         stopping=_stopping(config),
-        tickets=_tickets(config, data, pruning),
+        tickets=pruned.tickets(config, data, pruning),
     )
-    _check_last_batches(config, data, built, work.validation)
+    check_last_batches(config, data, built, work.validation)
     made = Federation(
         seed=config.seed,
         data=data,
@@ -300,7 +256,7 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
 
 def _fresh(config: Config, shape: ModelShape, key: int) -> tuple[Params, Params]:
     """First parameters and buffers as another seed would have them."""
-    return of(_model(config, shape, None, _pruning(config), key=key).model)
+    return of(_model(config, shape, None, pruned.pruning(config), key=key).model)
 
 
 def _batch_norms(
@@ -339,130 +295,19 @@ def _stopping(config: Config) -> Stopping | None:
     return None if asked is None else Stopping(asked.patience, asked.min_delta, asked.validation)
 
 
-def _check_last_batches(config: Config, data: FederatedData, built: nn.Module, validation: float) -> None:
-    """Refuse a last batch of one example where the model cannot be trained on one; batch norm cannot."""
-    batch_size = config.train.batch_size
-    sizes = np.array([n - held_out(validation, n) for n in data.partition.sizes().tolist()])
-    single = np.flatnonzero(_leaves_one(sizes, batch_size))
-    if not len(single):
-        return
-    shape = shape_of(data)
-    try:
-        check_single(built, shape.input_shape, shape.num_classes, data.train.inputs[0], name=config.model.name)
-    except ConfigError as error:
-        more = f" (and {len(single) - 1} more)" if len(single) > 1 else ""
-        reason = str(error).removeprefix("model.name: ")
-        raise ConfigError(
-            f"train.batch_size: {batch_size} leaves client {single[0]}{more} a last batch of one example, but "
-            f"{reason}; {_remedy(config, sizes)}"
-        ) from error
-
-
-def _leaves_one(sizes: Indices, batch_size: int | Literal["all"]) -> npt.NDArray[np.bool_]:
-    """Which clients have a last batch of exactly one example."""
-    return np.equal(sizes if batch_size == "all" else (sizes - 1) % batch_size + 1, 1)
-
-
-def _remedy(config: Config, sizes: Indices) -> str:
-    """What helps against last batches of one example: another batch size, unless a client has no more than one."""
-    if (sizes == 1).any():
-        repaired = "min_examples" in config.data.split.params() and config.data.split.name != "file"
-        key = " (data.split.min_examples)" if repaired else ""
-        return f"each client needs at least two examples{key}"
-    assert config.train.batch_size != "all"  # which leaves one only where a client has one
-    larger = range(config.train.batch_size + 1, 2 * config.train.batch_size + 10)
-    return f"{next((size for size in larger if not _leaves_one(sizes, size).any()), 'all')} would leave none"
-
-
-def _pruning(config: Config) -> Pruning | None:
-    if config.pruning is None:
-        return None
-    return _of_type(Pruning, make(config, "pruning"), "pruning", config.pruning)
-
-
-def _tickets(config: Config, data: FederatedData, pruning: Pruning | None) -> Tickets | None:
-    """How clients come by masks of their own.
-
-    Raises:
-        ConfigError: nobody could be tested with them.
-    """
-    if pruning is None or pruning.tickets is None:
-        return None
-    if not len(data.test_partition.indices):
-        raise _refused(config, "needs clients with held-out examples: there is no model to test but each client's own")
-    return pruning.tickets
-
-
-def _check_tickets(config: Config, strategy: Strategy) -> None:
-    """Refuse what clients with masks of their own cannot be joined with.
-
-    Raises:
-        ConfigError: says why.
-    """
-    name = config.strategy.name
-    if not strategy.aggregator.linear:
-        rule = "each entry moves by the mean over the clients that hold it"
-        raise _refused(config, f"needs a strategy that takes means, which {name} does not: {rule}")
-    if strategy.local.init is not no_state or strategy.local.finish is not same_state:
-        rule = "a client that rewinds does not start from the model that it was sent"
-        raise _refused(config, f"needs a strategy of which clients keep nothing, unlike {name}: {rule}")
-    if config.train.early_stopping is not None:
-        rule = "both hold examples out to judge by, each its own share of them"
-        raise _refused(config, f"goes with no train.early_stopping: {rule}")
-
-
-def _check_removal(config: Config) -> None:
-    """Refuse what cannot go on once channels have been removed.
-
-    Raises:
-        ConfigError: says why.
-    """
-    assert config.pruning is not None  # which removes them
-    if config.train.batch_norm == "local":
-        rule = "the server cannot remove channels of what stays with clients"
-        raise _refused(config, f"goes with no train.batch_norm: local: {rule}")
-    if config.pruning.params().get("then") == "scratch" and getattr(config.model, "init", None) == "fixup":
-        rule = "the small model would be drawn as its layers are, without it"
-        raise _refused(
-            config, f"cannot train from scratch with model.init: fixup: {rule}; set pruning.then to fine-tune"
-        )
-
-
-def _refused(config: Config, why: str) -> ConfigError:
-    assert config.pruning is not None  # which refuses
-    return ConfigError(f"pruning: {config.pruning.name} {why}")
-
-
-def removes_channels(config: Config) -> bool:
-    """Whether pruning makes the model smaller than the config says."""
-    made = _pruning(config)
-    return made is not None and made.removes
-
-
-def check_apart(config: Config) -> None:
-    """Refuse what no server can do whose clients are on machines of their own.
-
-    Raises:
-        ConfigError: says why.
-    """
-    made = _pruning(config)
-    if made is not None and made.looks:
-        raise _refused(config, "looks at training examples of clients, which a server does not have: simulate it")
-
-
 def _without_data(config: Config) -> tuple[Strategy, Optimizer, Schedule, Engine, Pruning | None]:
     """What can be made, and refused, before any data is loaded."""
-    strategy = _of_type(Strategy, make(config, "strategies"), "strategy", config.strategy)
-    optimizer = _of_type(Optimizer, make(config, "optimizers"), "train.optimizer", config.train.optimizer)
+    strategy = of_type(Strategy, make(config, "strategies"), "strategy", config.strategy)
+    optimizer = of_type(Optimizer, make(config, "optimizers"), "train.optimizer", config.train.optimizer)
     schedule: Schedule = make(config, "schedules", rounds=config.train.rounds)
     if not callable(schedule):
-        raise _wrong(schedule, "train.schedule", config.train.schedule, "a function of the round")
+        raise wrong(schedule, "train.schedule", config.train.schedule, "a function of the round")
     engine = make(config, "engines")
     if not all(callable(getattr(engine, method, None)) for method in ("prepared", "drive", "describe")):
-        raise _wrong(engine, "engine", config.engine, "an Engine, with prepared, drive and describe")
-    pruning = _pruning(config)
+        raise wrong(engine, "engine", config.engine, "an Engine, with prepared, drive and describe")
+    pruning = pruned.pruning(config)
     if pruning is not None and pruning.tickets is not None:
-        _check_tickets(config, strategy)
+        pruned.check_tickets(config, strategy)
     if pruning is not None and pruning.removes:
-        _check_removal(config)
+        pruned.check_removal(config)
     return strategy, optimizer, schedule, engine, pruning

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedsim import runs
 from fedsim.api import running
-from fedsim.config import build
+from fedsim.config import build, pruned
 from fedsim.config import load as config_files
 from fedsim.config.schema import Config
 from fedsim.deploy import contents, serving, settings
@@ -131,7 +131,7 @@ def _loop(options: Options, files: ServerFiles | None, say: Say) -> running.Loop
 
 def _check(options: Options, config: Config) -> None:
     """Refuse what cannot be before a folder is made."""
-    build.check_apart(config)
+    pruned.check_apart(config)
     clients, cohort = config.data.clients, config.train.clients_per_round
     highest = {"--clients": clients, "--min-clients": clients if cohort == "all" else cohort}
     problems = []

@@ -55,8 +55,8 @@ def _panels(rows: Sequence[Row], x: Point, by: str, label: str, file: Path, *, l
         if log:
             axis.set_xscale("log")
             axis.invert_xaxis()
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.xaxis.set_minor_formatter("{x:g}")
+            axis.set_xticks([100, 50, 30, 20, 15], labels=["100", "50", "30", "20", "15"])
+            axis.set_xticks([], minor=True)
     _save(figure, axes, file)
 
 

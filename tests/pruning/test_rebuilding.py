@@ -12,6 +12,7 @@ from torch import nn
 from fedsim import params as p
 from fedsim import rng
 from fedsim.config import build, load
+from fedsim.config.pruned import check_apart
 from fedsim.deploy import server
 from fedsim.engines.local import local
 from fedsim.engines.reference import reference
@@ -212,10 +213,10 @@ def test_the_server_sees_examples_of_the_cohort_alone_as_many_of_each(name):
 def test_it_is_refused_on_separate_machines(name):
     checked = load.load({**CONFIG, "pruning": {"name": name, "at": 1}})
     with pytest.raises(ConfigError, match=rf"pruning: {name} looks at training examples of clients, .* simulate it"):
-        build.check_apart(checked)
+        check_apart(checked)
     with pytest.raises(ConfigError, match="looks at training examples"):
         server._check(None, checked)
-    build.check_apart(load.load({**CONFIG, "pruning": {"name": "l1-filter", "at": 1}}))
+    check_apart(load.load({**CONFIG, "pruning": {"name": "l1-filter", "at": 1}}))
 
 
 def test_models_without_such_layers_are_refused():
