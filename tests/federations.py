@@ -97,6 +97,7 @@ def federation(case, dtype=torch.float32):
         work = replace(work, local_epochs=6, stopping=Stopping(patience=2, min_delta=0.01, validation=0.3))
     pruning = {
         "tickets": lottery_ticket(rate=0.3, every=1),
+        "tickets states": lottery_ticket(rate=0.3, every=1),
         "pruned": magnitude(sparsity=0.6, end=2, scope="global"),
         "pruned states": magnitude(sparsity=0.6, end=2),
         "filters": l1_filter(sparsity=0.5, at=1),
@@ -114,7 +115,7 @@ def federation(case, dtype=torch.float32):
 
 CASES = ["plain", "dropout", "batch norm", "unequal batch norm", "own batch norm", "momentum", "adam", "states"]
 CASES += ["penalties", "clipped", "tickets", "pruned", "pruned states", "own tickets", "snip", "grasp", "rigl"]
-CASES += ["filters", "filters states"]
+CASES += ["filters", "filters states", "tickets states"]
 TRANSFORMED = {
     "top-k": [top_k(fraction=0.2)],
     "quantised": [random_k(fraction=0.5), qsgd()],
@@ -122,7 +123,7 @@ TRANSFORMED = {
     "own coded tickets": [top_k(fraction=0.3), quantise()],
 }
 CASES += [case for case in TRANSFORMED if "stopping" not in case]
-STATEFUL = ("states", "own batch norm", "stopping", "pruned states", "filters states", "top-k")
+STATEFUL = ("states", "own batch norm", "stopping", "pruned states", "tickets states", "filters states", "top-k")
 PLAINLY = ["stopping", "coded stopping"]  # trained by the plain loop, by every engine that can
 CHAINS = [case for case in CASES if "norm" not in case and case != "penalties"]
 

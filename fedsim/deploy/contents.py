@@ -4,7 +4,7 @@ Contents come from another machine: every reader checks them and raises ``ValueE
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
@@ -19,12 +19,14 @@ class RunFacts:
     """What every message of the server says.
 
     run: a word that no other run has. settings: what clients must agree on, as text. evaluate: whether the client is
-        to say how the model it is sent does on its held-out examples.
+        to say how the model it is sent does on its held-out examples. since: round in which training last began anew:
+        what a client kept before counts no more.
     """
 
     run: str
     settings: str
     evaluate: bool = False
+    since: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Member:
 
 def with_facts(content: RecordDict, facts: RunFacts) -> RecordDict:
     """The content with the facts in it. Not a copy."""
-    content[_RUN] = ConfigRecord({"run": facts.run, "settings": facts.settings, "evaluate": facts.evaluate})
+    content[_RUN] = ConfigRecord(asdict(facts))
     return content
 
 
@@ -54,7 +56,10 @@ def read_facts(content: RecordDict) -> RunFacts:
     run, settings, evaluate = record.get("run"), record.get("settings"), record.get("evaluate")
     if not isinstance(run, str) or not isinstance(settings, str) or not isinstance(evaluate, bool):
         raise ValueError(f"{_RUN} must hold run and settings as text and evaluate as true or false")
-    return RunFacts(run, settings, evaluate)
+    since = record.get("since")
+    if type(since) is not int or since < 0:
+        raise ValueError(f"{_RUN} must hold since as a round, got {since!r:.100}")
+    return RunFacts(run, settings, evaluate, since)
 
 
 def member_content(member: Member) -> RecordDict:

@@ -77,7 +77,7 @@ def client_app(of: Callable[[Context], Participant]) -> ClientApp:
         facts = c.read_facts(message.content)
         _refuse_other_settings(who, facts)
         broadcast = m.read_train(message.content, partial(_known, who, facts))[0]
-        state = who.states.before(facts.run, broadcast.round + 1) or {}
+        state = who.states.before(facts.run, broadcast.round + 1, facts.since) or {}
         return Message(c.with_scores(RecordDict(), _scores(who, broadcast, broadcast.round, state)), reply_to=message)
 
     @app.query("end")
@@ -106,8 +106,8 @@ def _train(who: Participant, content: RecordDict) -> RecordDict:
     broadcast, client, key = m.read_train(content, partial(_known, who, facts))
     if client != who.client:
         raise ValueError(f"got a message for client {client}, being {who.client}")
-    held = who.states.before(facts.run, broadcast.round)
-    state = None if held is None or _outgrown(held, broadcast) else masking.without_known(held)
+    held = who.states.before(facts.run, broadcast.round, facts.since)
+    state = None if held is None else masking.without_known(held)
     scores = _scores(who, broadcast, broadcast.round - 1, state or {}) if facts.evaluate else None
     if state is None:
         state = who.work.rule.init(broadcast.params)
@@ -122,12 +122,6 @@ def _train(who: Participant, content: RecordDict) -> RecordDict:
     return c.with_scores(
         m.update_content(replace(result, state={}), None if broadcast.probe else broadcast.masks), scores
     )
-
-
-def _outgrown(state: Params, broadcast: Broadcast) -> bool:
-    """Whether a state is of the model as it was before the server removed channels: it begins anew then."""
-    now = {name.rpartition("/")[2]: tensor.shape for name, tensor in state.items()}  # without its prefix
-    return any(now.get(name, tensor.shape) != tensor.shape for name, tensor in broadcast.params.items())
 
 
 def _model(who: Participant, broadcast: Broadcast) -> nn.Module:
@@ -145,7 +139,7 @@ def _scores(who: Participant, broadcast: Broadcast, round: int, state: Params) -
     if not len(who.test):
         return None
     own = kept.whole(who.work.model, who.work.kept, kept.Own(broadcast.params, broadcast.buffers), state)
-    loss, accuracy = score(who.work.model, own.params, own.buffers, who.test).mean()
+    loss, accuracy = score(_model(who, broadcast), own.params, own.buffers, who.test).mean()
     return ClientEvaluation(round, who.client, len(who.test), loss, accuracy)
 
 

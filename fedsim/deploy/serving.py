@@ -84,7 +84,7 @@ def serve(
         here = members.wait(min(rules.min_clients, len(cohort)), rules.wait_s, cohort)
         nodes = {client: here.get(client) for client in cohort}
         stage = rounds.fitted(federation, state.params)
-        probing = rounds.Probing(stage, _asking(stage, nodes, members, rules), state, round)
+        probing = rounds.Probing(stage, _asking(stage, nodes, members, rules, since=rounds.since(state)), state, round)
         changed = rounds.pruned(stage, state, round, probing.gradient, probing.product)
         due = rounds.evaluates(federation, round - 1)
         if pending is not None and changed is not state:  # what comes next is not the model that clients are to score
@@ -95,7 +95,9 @@ def serve(
         broadcast = rounds.broadcast(federation, state, round, cohort)
         asked = pending is not None and due
         key = rounds.round_key(federation, round)
-        replies = _train(federation, broadcast, nodes, members, rules, key=key, evaluate=asked)
+        replies = _train(
+            federation, broadcast, nodes, members, rules, key=key, evaluate=asked, since=rounds.since(state)
+        )
         if pending is not None:
             on_round(_with_clients(federation, pending, replies.evaluations))
         result = probing.counted(_aggregate(federation, broadcast, replies, members))
@@ -107,12 +109,12 @@ def serve(
 
 
 def _asking(
-    federation: Federation, nodes: Mapping[int, int | None], members: Members, rules: Rules
+    federation: Federation, nodes: Mapping[int, int | None], members: Members, rules: Rules, *, since: int
 ) -> rounds.RunCohort:
     """How gradients are asked for: of whoever of the cohort is there, and with those of whoever answers."""
 
     def ask(broadcast: Broadcast, clients: Sequence[int], states: Mapping[int, Params], key: int) -> CohortUpdate:
-        replies = _train(federation, broadcast, nodes, members, rules, key=key, evaluate=False)
+        replies = _train(federation, broadcast, nodes, members, rules, key=key, evaluate=False, since=since)
         return _aggregate(federation, broadcast, replies, members)
 
     return ask
@@ -127,10 +129,11 @@ def _train(
     *,
     key: int,
     evaluate: bool,
+    since: int,
 ) -> Replies:
     """Send the model to the cohort, and read and check what comes back. ``nodes``: None for a client that is away."""
     packed, round = m.packed_for(broadcast, [k for k, node in nodes.items() if node is not None]), broadcast.round
-    facts = replace(members.facts, evaluate=evaluate)
+    facts = replace(members.facts, evaluate=evaluate, since=since)
     here = {client: node for client, node in nodes.items() if node is not None}
     contents = {
         node: c.with_facts(m.train_content(packed[k], k, client_key(key, k)), facts) for k, node in here.items()
@@ -246,7 +249,8 @@ def _ask_all(
     """How the final model does at every client that is there; one that does not answer is left out."""
     packed = m.pack_broadcast(rounds.broadcast(federation, state, state.round))
     here = members.here()
-    contents = {node: c.with_facts(m.train_content(packed, client, 0), members.facts) for client, node in here.items()}
+    facts = replace(members.facts, since=rounds.since(state))
+    contents = {node: c.with_facts(m.train_content(packed, client, 0), facts) for client, node in here.items()}
     replies = members.post.exchange(contents, c.EVALUATE, rules.round_timeout_s, "evaluate")
     found = []
     for client, node in here.items():

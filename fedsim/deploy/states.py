@@ -19,9 +19,9 @@ class States:
 
     folder: Path
 
-    def before(self, run: str, round: int) -> Params | None:
-        """The state this client had when ``round`` began; None if it has trained in no earlier round."""
-        earlier = [found for found in self._rounds(run) if found < round]
+    def before(self, run: str, round: int, since: int = 0) -> Params | None:
+        """The state this client had when ``round`` began; None if it has not trained from ``since`` until then."""
+        earlier = [found for found in self._rounds(run) if since <= found < round]
         return safetensors.torch.load_file(self._path(run, max(earlier))) if earlier else None
 
     def keep(self, run: str, round: int, state: Params) -> None:

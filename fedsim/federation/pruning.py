@@ -16,6 +16,7 @@ from fedsim.records import Broadcast, CohortUpdate, Examples, Params, ServerStat
 from fedsim.training import kept
 from fedsim.training.client import directed
 
+RESTARTED = "restarted"  # in what pruning remembers: round in which training began anew
 RunCohort = Callable[[Broadcast, Sequence[int], Mapping[int, Params], int], CohortUpdate]  # of ``Cohorts``
 
 
@@ -84,7 +85,13 @@ def pruned(federation: Federation, state: ServerState, round: int, probe: Probe,
     if not change.restarted:
         return changed
     sent = kept.shared(change.params, federation.work.kept)
-    return replace(changed, server=federation.strategy.server.init(sent), clients={})
+    memory = {**changed.pruning, RESTARTED: torch.tensor(round)}
+    return replace(changed, server=federation.strategy.server.init(sent), clients={}, pruning=memory)
+
+
+def since(state: ServerState) -> int:
+    """The round in which training last began anew; 0 if it never did. What clients kept before counts no more."""
+    return int(state.pruning[RESTARTED]) if RESTARTED in state.pruning else 0
 
 
 def _examples(federation: Federation, round: int, key: int, count: int) -> Examples:
