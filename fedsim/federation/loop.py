@@ -39,9 +39,11 @@ def run(
             told[0] = True
         for round in range(final[0].round + 1, federation.rounds + 1):
             began, probing = time.perf_counter(), Probing(stage, cohorts.run_cohort, final[0], round)
-            final[0] = pruned(stage, final[0], round, probing.gradient, probing.product)
-            if not fits(stage.work.model, final[0].params):
-                return  # to be driven again, with a model that has fewer channels
+            changed = pruned(stage, final[0], round, probing.gradient, probing.product)
+            if changed is not final[0]:
+                final[0] = changed
+                if not fits(stage.work.model, changed.params):
+                    return  # to be driven again, with a model that has fewer channels
             result = _round(stage, cohorts, final[0], probing, began)
             final[0] = result.state
             on_round(result)

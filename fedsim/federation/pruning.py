@@ -27,10 +27,8 @@ class Probing:
     """
 
     def __init__(self, federation: Federation, ask: RunCohort, state: ServerState, round: int) -> None:
-        self.federation, self.ask, self.round = federation, ask, round
+        self.federation, self.ask, self.state, self.round = federation, ask, state, round
         self.chosen: list[int] = cohort(federation, round).tolist()
-        self.sent = broadcast(federation, state, round, self.chosen)
-        self.states = {client: state.clients[client] for client in self.chosen if client in state.clients}
         self.up, self.down = 0, 0
 
     def gradient(self, at: Params) -> Params:
@@ -43,9 +41,10 @@ class Probing:
 
     def _asked(self, at: Params, extra: Params) -> Params:
         key = rng.fold(round_key(self.federation, self.round), "probe")
-        sent = kept.shared(at, self.federation.work.kept)
-        probe = replace(self.sent, params=sent, extra=extra, masks=None, probe=True)
-        result = self.ask(probe, self.chosen, self.states, key)
+        sent, own = kept.shared(at, self.federation.work.kept), self.state.clients
+        whole = broadcast(self.federation, self.state, self.round, self.chosen)
+        probe = replace(whole, params=sent, extra=extra, masks=None, probe=True)
+        result = self.ask(probe, self.chosen, {client: own[client] for client in self.chosen if client in own}, key)
         self.up, self.down = self.up + result.bytes_up, self.down + result.bytes_down
         if result.update is None:
             raise RunError(f"round {self.round}: pruning needs gradients, and no client has given any")

@@ -29,8 +29,8 @@ def broadcast(federation: Federation, state: ServerState, round: int, clients: S
 def _unaware(state: ServerState, version: int, clients: Sequence[int]) -> tuple[int, ...]:
     if INFORMED not in state.pruning:
         return tuple(clients)
-    told = state.pruning[INFORMED]
-    return tuple(client for client in clients if int(told[client]) != version)
+    told = state.pruning[INFORMED].tolist()
+    return tuple(client for client in clients if told[client] != version)
 
 
 def _informed(federation: Federation, state: ServerState, result: CohortUpdate, round: int) -> Params:

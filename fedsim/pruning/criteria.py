@@ -103,7 +103,7 @@ def layerwise(kept: Params, rates: Mapping[str, float]) -> dict[str, int]:
     _check_names(rates, kept)
     left = masks.counts({name: kept[name] for name in rates})
     return {
-        name: min(round(_part(rate, f"{name}: rate") * left[name]), max(left[name] - 1, 0))
+        name: min(round(masks.part(rate, f"{name}: rate") * left[name]), max(left[name] - 1, 0))
         for name, rate in rates.items()
     }
 
@@ -139,7 +139,7 @@ def to_overall(kept: Params, sparsity: float) -> int:
     """
     entries = p.num_entries(kept)
     gone = entries - sum(masks.counts(kept).values())
-    return max(round(_part(sparsity, "sparsity") * entries) - gone, 0)
+    return max(round(masks.part(sparsity, "sparsity") * entries) - gone, 0)
 
 
 def globally(scores: Params, kept: Params, count: int, *, at_least: int = 1) -> dict[str, int]:
@@ -209,7 +209,7 @@ def by_column(params: Params, kept: Params, share: float, *, kind: Kind = "weigh
         pruning. Differs: none.
     """
     masks.check(kept, params)
-    _part(share, "share")
+    masks.part(share, "share")
     return {name: mask & ~candidates(params[name], share, kind=kind) for name, mask in kept.items()}
 
 
@@ -323,14 +323,8 @@ def _values(scores: Params, kept: Params, name: str) -> Tensor:
 
 
 def _until(sparsity: float, left: int, entries: int, name: str) -> int:
-    target = min(round(_part(sparsity, f"{name}: sparsity") * entries), entries - 1)
+    target = min(round(masks.part(sparsity, f"{name}: sparsity") * entries), entries - 1)
     return max(target - (entries - left), 0)
-
-
-def _part(value: float, what: str) -> float:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{what} must be in [0, 1], got {value}")
-    return value
 
 
 def _check_names(asked: Mapping[str, object], kept: Params) -> None:

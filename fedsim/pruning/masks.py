@@ -49,6 +49,17 @@ def check(kept: Params, params: Params) -> None:
             raise ValueError(f"{name}: shape of the mask is {tuple(mask.shape)}, not {tuple(params[name].shape)}")
 
 
+def part(value: float, what: str) -> float:
+    """``value``, if it is a share.
+
+    Raises:
+        ValueError: it is not in [0, 1]; says ``what`` it is.
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(f"{what} must be in [0, 1], got {value}")
+    return value
+
+
 def applied(params: Params, kept: Params) -> Params:
     """``params`` with exactly +0.0 wherever a mask is false; every other entry has the bits it had.
 

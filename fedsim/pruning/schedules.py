@@ -6,6 +6,8 @@ The round is the server's. A client that counted for itself would start anew wit
 import math
 from collections.abc import Mapping, Sequence
 
+from fedsim.pruning import masks
+
 
 def by_kind(
     shapes: Mapping[str, Sequence[int]], head: str, *, convolution: float, dense: float, output: float | None = None
@@ -30,7 +32,7 @@ def by_kind(
         raise ValueError(f"head: no weight is called {head}; there are {', '.join(shapes)}")
     output = dense / 2 if output is None else output
     for what, rate in (("convolution", convolution), ("dense", dense), ("output", output)):
-        _check_part(rate, what)
+        masks.part(rate, what)
     rates = {name: convolution if len(shape) > 2 else dense for name, shape in shapes.items()}
     return {**rates, head: output}
 
@@ -58,7 +60,7 @@ def remaining_after(sizes: Mapping[str, int], rates: Mapping[str, float], times:
     if unknown := [name for name in rates if name not in sizes]:
         raise ValueError(f"{', '.join(unknown)}: no such layer; there are {', '.join(sizes)}")
     for name, rate in rates.items():
-        _check_part(rate, f"{name}: rate")
+        masks.part(rate, f"{name}: rate")
     if sum(sizes.values()) < 1:
         raise ValueError("there are no weights to prune")
     left = sum(size * (1 - rates.get(name, 0.0)) ** times for name, size in sizes.items())
@@ -82,7 +84,7 @@ def cubic(round: int, start: int, end: int, final: float, *, initial: float = 0.
 
     Source: Zhu, Gupta 2017, "To prune, or not to prune", arXiv:1710.01878, eq. 1. Differs: none.
     """
-    _check_part(final, "final")
+    masks.part(final, "final")
     if not 0 <= initial <= final:
         raise ValueError(f"initial must be in [0, final], that is {final}, got {initial}")
     if start > end:
@@ -107,12 +109,7 @@ def cosine(round: int, end: int, start_share: float) -> float:
     Source: Evci et al. 2020, "Rigging the lottery: making all tickets winners", section 3 (2). Differs: over rounds,
         not steps.
     """
-    _check_part(start_share, "start_share")
+    masks.part(start_share, "start_share")
     if end < 1 or round < 0:
         raise ValueError(f"needs round >= 0 and end >= 1, got {round} and {end}")
     return start_share / 2 * (1 + math.cos(math.pi * round / end)) if round < end else 0.0
-
-
-def _check_part(value: float, what: str) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{what} must be in [0, 1], got {value}")

@@ -1,4 +1,4 @@
-"""Tensors with many zeros as bytes, and masks.
+"""Tensors with many zeros as bytes.
 
 A message is a fingerprint of 8 bytes (names, shapes and dtypes in order, known masks, coding), and then each tensor
 in turn, in the shortest form that :mod:`fedsim.wire.support` has for it, hence for the message. Where both ends know a
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fedsim import rng
-from fedsim.params import num_entries
 from fedsim.records import Params
 from fedsim.wire.bits import Reader, pack
 from fedsim.wire.quantised import EXACT, Coding
@@ -97,41 +96,6 @@ def decode(data: bytes, like: Params, *, known: Mapping[str, Tensor] | None = No
     except ValueError as error:
         raise ValueError(f"not a fedsim message (sparse, {where}): {error}") from error
     return tensors
-
-
-def encode_masks(kept: Params) -> bytes:
-    """Bool tensors as a fingerprint and one bit for each of P entries: ``8 + ceil(P / 8)`` bytes.
-
-    Raises:
-        ValueError: a tensor is not bool.
-    """
-    for name, tensor in kept.items():
-        if tensor.dtype != torch.bool:
-            raise ValueError(f"{name}: a mask must be bool, got {tensor.dtype}")
-    bits = [_flat(tensor).numpy().view(np.uint8) for tensor in kept.values()]
-    return _fingerprint(kept, {}, "masks") + pack(np.concatenate([np.zeros(0, np.uint8), *bits]), 1)
-
-
-def decode_masks(data: bytes, like: Params) -> Params:
-    """The inverse of :func:`encode_masks`.
-
-    Args:
-        data: from anyone.
-        like: names and shapes, in order; dtypes do not count.
-
-    Raises:
-        ValueError: not such masks.
-    """
-    masks, reader = {name: torch.zeros_like(tensor, dtype=torch.bool) for name, tensor in like.items()}, Reader(data)
-    try:
-        if reader.take(8) != _fingerprint(masks, {}, "masks"):
-            raise ValueError("written for other names or shapes")
-        bits = reader.bits(num_entries(like))
-        reader.end()
-    except ValueError as error:
-        raise ValueError(f"not a fedsim message (masks): {error}") from error
-    parts = np.split(bits.astype(np.bool_), np.cumsum([mask.numel() for mask in masks.values()]))
-    return {name: torch.from_numpy(part).reshape(like[name].shape) for name, part in zip(like, parts, strict=False)}
 
 
 def _vectors(tensors: Params, known: Mapping[str, Tensor], coding: Coding) -> dict[str, Vector]:
