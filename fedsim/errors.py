@@ -52,3 +52,7 @@ class DivergedError(ClientError):
 
 class RunError(FedsimError):
     """The run itself failed (disk, engine, aggregate). The state of the last whole round is in the run folder."""
+
+
+class TransferError(RunError):
+    """A party of a transfer cannot go on: its peer is gone or says something else than agreed, or a value overflows."""

@@ -130,8 +130,12 @@ def _finite(value: Any) -> Any:
 
 def save_model(folder: Path, params: Params, buffers: Params) -> None:
     """Write the global model, parameters and buffers under their ``state_dict`` names."""
-    tensors = {name: separate(tensor) for name, tensor in {**params, **buffers}.items()}
-    write_bytes(folder / "model.safetensors", safetensors.torch.save(tensors))
+    save_tensors(folder / "model.safetensors", {**params, **buffers})
+
+
+def save_tensors(path: Path, tensors: Params) -> None:
+    """Write tensors by name, atomically."""
+    write_bytes(path, safetensors.torch.save({name: separate(tensor) for name, tensor in tensors.items()}))
 
 
 def save_checkpoint(folder: Path, state: ServerState) -> None:
@@ -280,6 +284,8 @@ class RunFolder:
             return _tensors(path, read_bytes(path))
         if self.summary().get("kind") == "alone":
             raise DataError(f"{self.path}: has no model, every client trained one of its own")
+        if self.summary().get("kind") == "transfer":
+            raise DataError(f"{self.path}: has no one model; party-a.safetensors and party-b.safetensors are its nets")
         if self.summary().get("kind") == "flower-app":
             raise DataError(f"{self.path}: has no model, the Flower app has not shown any arrays")
         state = load_checkpoint(self.path)
@@ -333,7 +339,7 @@ def load_checkpoint(folder: Path) -> ServerState:
     """
     kind = RunFolder(folder).summary().get("kind", "federated")
     if kind != "federated":
-        what = "Flower app" if kind == "flower-app" else "baseline"
+        what = {"flower-app": "Flower app", "transfer": "transfer"}.get(kind, "baseline")
         raise DataError(f"{folder}: a {what} has no checkpoint and cannot be resumed")
     facts = _json(folder / _STATE)
     try:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fedsim import environment, runs
-from fedsim.api import folders
+from fedsim.api import folders, transferring
 from fedsim.config import build, pruned
 from fedsim.config import load as config_files
 from fedsim.config.foreign import importable
@@ -23,7 +23,7 @@ from fedsim.pruning.fitting import fitted
 from fedsim.recording import OnRound, Recording
 from fedsim.records import ClientEvaluation, Params, RoundRecord, ServerState
 
-OnStart = Callable[["Run", Federation], None]
+OnStart = Callable[["Run", Federation | transferring.Pair], None]
 OnResult = Callable[[RoundResult], None]
 Loop = Callable[[Path, Federation, Engine, ServerState, OnResult], object]
 
@@ -138,11 +138,15 @@ def run(
     """
     with importable(folders.folder_of(config)), folders.one_thread():
         checked = config_files.load(config, overrides)
+        begun, done = on_start or folders.ignore, on_round or folders.ignore
+        if checked.transfer is not None:
+            started = lambda folder, pair: begun(Run(folder), pair)  # noqa: E731
+            beside = folders.folder_of(config)
+            return Run(transferring.run(checked, beside, on_start=started, on_round=done, progress=progress))
         federation, engine = build.federation(checked, progress)
         engine = folders.prepared(engine, federation, {}) if loop is simulated else engine
         folder = folders.new_folder(checked, federation, engine, folders.folder_of(config))
         rounds = partial(loop, folder, federation, engine)
-        begun, done = on_start or folders.ignore, on_round or folders.ignore
         record(folder, checked, federation, rounds, on_start=begun, on_round=done)
     return Run(folder)
 

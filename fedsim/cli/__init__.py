@@ -12,7 +12,18 @@ import click
 import typer
 
 from fedsim import __version__
-from fedsim.cli import certifying, checking, deploying, flower_running, inspecting, looking, pruning, running, sweeping
+from fedsim.cli import (
+    certifying,
+    checking,
+    deploying,
+    flower_running,
+    inspecting,
+    looking,
+    pruning,
+    running,
+    sweeping,
+    transferring,
+)
 from fedsim.errors import ConfigError, FedsimError
 
 INTERRUPTED = 130
@@ -33,6 +44,7 @@ pruning.add_to(app)
 looking.add_to(app)
 certifying.add_to(app)
 deploying.add_to(app)
+transferring.add_to(app)
 flower_running.add_to(app)
 
 

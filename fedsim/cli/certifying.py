@@ -30,14 +30,16 @@ def certs(
         365, show_default=False, help="The server's certificate is good for so long.  [default: 365]"
     ),
     renew: bool = typer.Option(False, "--renew", help="A new server certificate, from the same authority."),
+    parties: bool = typer.Option(False, "--parties", help="For the two parties of a transfer, and their helper."),
 ) -> None:
     """Make the certificates and keys of a federation on separate machines, or check them.
 
     fedsim certs DIR --host NAME --clients N makes what is missing: an authority, the server's certificate, a pair
-    of keys for each client. fedsim certs check DIR shows what is in DIR, when it expires and what is wrong.
+    of keys for each client. With --parties instead it makes the certificates of a transfer's parties. fedsim certs
+    check DIR shows what is in DIR, when it expires and what is wrong.
     """
-    if what[0] == "check" and (len(what) == 2 or not (host or clients or renew)):
-        if len(what) != 2 or host or clients or renew:
+    if what[0] == "check" and (len(what) == 2 or not (host or clients or renew or parties)):
+        if len(what) != 2 or host or clients or renew or parties:
             raise ConfigError("certs check: takes one folder, and no options")
         _check(Path(what[1]))
         return
@@ -46,6 +48,9 @@ def certs(
     from fedsim.deploy import authority, checks
 
     folder = Path(what[0])
+    if parties:
+        _for_parties(folder, needless=bool(host) or clients is not None, days=days, renew=renew)
+        return
     if clients is None:
         raise ConfigError("--clients: needed, the number of clients to make keys for")
     made = authority.make(folder, host, clients, days=days, renew=renew)
@@ -53,6 +58,23 @@ def certs(
         typer.echo(line)
     if renew:
         typer.echo("start fedsim server again to use the new certificate; clients need nothing new")
+
+
+def _for_parties(folder: Path, *, needless: bool, days: int, renew: bool) -> None:
+    from fedsim.deploy.checks import check
+    from fedsim.deploy.party_certificates import ROLES, name_of, write_party_certificates
+
+    if needless:
+        raise ConfigError("--parties: goes without --host and --clients; parties are known by their roles")
+    made = write_party_certificates(folder, days=days, renew=renew)
+    if not made:
+        typer.echo(f"{folder}: nothing was missing")
+        return
+    until = min(one.until for one in check(folder) if one.until)
+    typer.echo(f"made {len(made)} files in {folder}; good until {until:%Y-%m-%d}")
+    typer.echo(f"copy to each party's machine its own folder, and nothing else: {', '.join(map(name_of, ROLES))}")
+    if (folder / "ca.key").exists():
+        typer.echo(f"keep {folder / 'ca.key'} somewhere else; only fedsim certs needs it")
 
 
 def _told(folder: Path, made: list[Path], found: list["Checked"]) -> list[str]:

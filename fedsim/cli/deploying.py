@@ -52,6 +52,7 @@ def server(
     """
     from fedsim.cli.running import shown
     from fedsim.config.read import parse_overrides
+    from fedsim.deploy import relaying
     from fedsim.deploy import server as deployed
     from fedsim.deploy.address import Address
 
@@ -74,6 +75,10 @@ def server(
         shown(lambda **hooks: deployed.resume(folder, options, _say, **hooks), again=_again(options))
     elif config is not None:
         path, overrides = config, parse_overrides(changes or [])
+        transfer = relaying.asked(path, overrides)
+        if transfer is not None:
+            relaying.serve(transfer, options, _say)
+            return
         shown(lambda **hooks: deployed.serve(path, overrides, options, _say, **hooks), again=_again(options))
 
 
@@ -94,11 +99,17 @@ def client(
     CONFIG is the server's YAML file, perhaps with a data section of this client's own (--own-data).
     """
     from fedsim.config.read import parse_overrides
+    from fedsim.deploy import relaying
     from fedsim.deploy.joined import join
 
     given = {"own_data": own_data, "state": state, "wait_s": wait, "stock": stock}
     options = options_of_client(server, certs, insecure, partition, **given)
-    join(config, parse_overrides(changes or []), options, _say)
+    overrides = parse_overrides(changes or [])
+    transfer = relaying.asked(config, overrides)
+    if transfer is not None:
+        relaying.join(transfer, config, options, _say)
+        return
+    join(config, overrides, options, _say)
 
 
 def options_of_client(

@@ -13,6 +13,7 @@ from fedsim.errors import DivergedError
 
 if TYPE_CHECKING:
     from fedsim.api import Run
+    from fedsim.api.transferring import Pair
     from fedsim.federation import Federation
 
 
@@ -56,12 +57,12 @@ def shown(start: Any, again: str = "fedsim resume") -> None:
     console = display.console()
     with _resumable(again) as begun, display.for_console(console) as shows:
 
-        def on_start(run: "Run", federation: "Federation") -> None:
+        def on_start(run: "Run", federation: "Federation | Pair") -> None:
             begun.append(run.folder)
             shows.begin("\n".join([_title(run), *federation.draws.told()]), run.rounds, federation.rounds)
 
         done = start(on_start=on_start, on_round=shows.round, progress=shows.loading)
-    _finish(console, done)
+    finish(console, done)
 
 
 @contextmanager
@@ -80,12 +81,16 @@ def _resumable(again: str) -> Iterator[list[Path]]:
 
 def _title(run: "Run") -> str:
     config = run.config
-    data, model = config["data"], config["model"]
+    data, model, transfer = config["data"], config["model"], config["transfer"]
+    if transfer is not None:
+        told = f"{transfer['protocol']}, {transfer['overlap']} common people, {transfer['labelled']} labelled"
+        return f"{config['name']}: {data['dataset']['name']}, two parties, {model['name']}, {told}"
     names = [part["name"] for part in (data["dataset"], data["split"], model, config["strategy"], config["engine"])]
     return "{}: {}, {} split, {}, {}, {} engine".format(config["name"], *names)
 
 
-def _finish(console: Any, done: "Run") -> None:
+def finish(console: Any, done: "Run") -> None:
+    """Write the report, and say what came out and where it is."""
     from fedsim.cli.display import result_table
 
     page = _report(done)

@@ -23,6 +23,7 @@ from fedsim.data.custom import from_callable
 from fedsim.data.federated import FederatedData, assemble, hold_out
 from fedsim.data.partition_files import check as check_partition
 from fedsim.data.partition_files import from_lists
+from fedsim.data.sides import Sides
 from fedsim.engines.engine import Engine
 from fedsim.errors import ConfigError, DataError
 from fedsim.federation import Federation
@@ -64,16 +65,31 @@ def dataset(config: Config, progress: Progress = silent) -> Dataset:
     Raises:
         DataError: files are missing or damaged, or the data breaks a rule.
     """
+    found = dataset_or_sides(config, progress)
+    if isinstance(found, Sides):
+        name = config.data.dataset.name
+        raise ConfigError(f"data.dataset.name: {name} is of two parties; it needs a transfer section")
+    return found
+
+
+def dataset_or_sides(config: Config, progress: Progress = silent) -> Dataset | Sides:
+    """Load the dataset, with a held-out test set, or the tables of two parties.
+
+    Raises:
+        DataError: files are missing or damaged, or the data breaks a rule.
+    """
     root = None if config.data.root is None else Path(config.data.root).expanduser()
     if root is not None and not root.is_dir():
         raise DataError(f"data.root: folder {root} does not exist")
-    found = make(config, "datasets", root=root, key=rng.fold(_data_seed(config), "dataset"), progress=progress)
+    found = make(config, "datasets", root=root, key=rng.fold(data_seed(config), "dataset"), progress=progress)
     component = config.data.dataset
+    if isinstance(found, Sides):
+        return found
     if is_foreign(component.name):
         with blamed_on("data.dataset", component):  # its __getitem__ is foreign, too
             found = from_callable(found, component.name)
     check(found)
-    return hold_out(found, config.data.test_fraction, rng.fold(_data_seed(config), "held-out"))
+    return hold_out(found, config.data.test_fraction, rng.fold(data_seed(config), "held-out"))
 
 
 def partition(config: Config, loaded: Dataset) -> Partition:
@@ -83,7 +99,7 @@ def partition(config: Config, loaded: Dataset) -> Partition:
         DataError: the split cannot be made with these examples, or a custom one breaks a rule.
     """
     labels, clients = loaded.train.labels, config.data.clients
-    key = rng.fold(_data_seed(config), "split")
+    key = rng.fold(data_seed(config), "split")
     made = make(config, "splits", labels=labels, num_clients=clients, key=key, columns=loaded.columns)
     component = config.data.split
     with blamed_on("data.split", component):
@@ -102,18 +118,20 @@ def model(config: Config, shape: ModelShape) -> nn.Module:
     Raises:
         ConfigError: it cannot be built.
     """
-    return _model(config, shape, None, pruned.pruning(config)).model
+    return made_model(config, shape, None, pruned.pruning(config)).model
 
 
-class _Made(NamedTuple):
+class Made(NamedTuple):
+    """A model, what is minimised with it, and what it draws."""
+
     model: nn.Module
     objective: Objective
     draws: Draws
 
 
-def _model(
+def made_model(
     config: Config, shape: ModelShape, example: Tensor | None, pruning: Pruning | None, key: int | None = None
-) -> _Made:
+) -> Made:
     """Build the model, and try it on an example input if there is one; what it draws is known only then.
 
     key: from which the first parameters are drawn; None: the run's.
@@ -137,7 +155,7 @@ def _model(
     with blamed_on("model", config.model):
         if example is not None:
             seeded = check_model(found, shape.input_shape, shape.num_classes, example, name=name)
-    return _Made(found, objective, Draws(keyed, seeded))
+    return Made(found, objective, Draws(keyed, seeded))
 
 
 def _initialised(config: Config, made: nn.Module, key: int) -> None:
@@ -185,7 +203,8 @@ def _compression(config: Config) -> Compression | None:
         raise ConfigError(f"transforms: {error}") from error
 
 
-def _data_seed(config: Config) -> int:
+def data_seed(config: Config) -> int:
+    """Of whatever is drawn of the data."""
     return config.seed if config.data.seed is None else config.data.seed
 
 
@@ -197,7 +216,7 @@ def shape_of(data: FederatedData) -> ModelShape:
 def federated_data(config: Config, progress: Progress = silent) -> FederatedData:
     """Load, hold out, split, and give each client its part."""
     loaded = dataset(config, progress)
-    return assemble(loaded, partition(config, loaded), rng.fold(_data_seed(config), "feature-noise"))
+    return assemble(loaded, partition(config, loaded), rng.fold(data_seed(config), "feature-noise"))
 
 
 def federation(config: Config, progress: Progress = silent) -> tuple[Federation, Engine]:
@@ -215,7 +234,7 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
     if cohort > data.num_clients:
         rule = f"must be <= the number of clients of the split ({data.num_clients})"
         raise ConfigError(f"train.clients_per_round: {rule}, got {cohort}")
-    built, objective, draws = _model(config, shape_of(data), data.train.inputs[0], pruning)
+    built, objective, draws = made_model(config, shape_of(data), data.train.inputs[0], pruning)
     pooled, kept = _batch_norms(config, data, built, strategy)
     work = LocalWork(
         model=built,
@@ -256,7 +275,7 @@ def federation(config: Config, progress: Progress = silent) -> tuple[Federation,
 
 def _fresh(config: Config, shape: ModelShape, key: int) -> tuple[Params, Params]:
     """First parameters and buffers as another seed would have them."""
-    return of(_model(config, shape, None, pruned.pruning(config), key=key).model)
+    return of(made_model(config, shape, None, pruned.pruning(config), key=key).model)
 
 
 def _batch_norms(

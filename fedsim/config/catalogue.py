@@ -8,7 +8,7 @@ from pydantic_core import PydanticUndefined
 
 from fedsim.config.components import Slot, base_of, model_of
 from fedsim.config.read import as_yaml
-from fedsim.config.schema import Config, Data, Section, Train
+from fedsim.config.schema import Config, Data, Section, Train, Transfer
 from fedsim.config.tables import KINDS
 
 
@@ -37,10 +37,10 @@ def common_keys(kind: str) -> tuple[tuple[str, str, str], ...]:
 
 
 def sections() -> list[Entry]:
-    """The keys of a config that name no component: of the whole, of ``data`` and of ``train``."""
+    """The keys of a config that name no component: of the whole, of ``data``, ``train`` and ``transfer``."""
     return [
         Entry(name, _first_line(model), _told_keys(model))
-        for name, model in (("(top)", Config), ("data", Data), ("train", Train))
+        for name, model in (("(top)", Config), ("data", Data), ("train", Train), ("transfer", Transfer))
     ]
 
 

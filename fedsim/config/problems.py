@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from fedsim.config.components import FOREIGN_FORM, call, factory_of, is_foreign, keys_of, model_of
 from fedsim.config.read import as_yaml, at
-from fedsim.config.schema import Config, Data, EarlyStopping, Train, default_name
+from fedsim.config.schema import Config, Data, EarlyStopping, Train, Transfer, default_name
 from fedsim.config.spelling import did_you_mean
 from fedsim.config.tables import KINDS, Kind
 
@@ -30,7 +30,6 @@ _RULES = {
     "bool_type": "must be true or false",
     "string_type": "must be text",
     "list_type": "must be a list",
-    "none_required": "must be null, this version has none yet",
     "model_type": _SECTION,
     "model_attributes_type": _SECTION,
     "dict_type": _SECTION,
@@ -148,7 +147,7 @@ def _everywhere(raw: Any) -> dict[str, str]:
         name = at(raw, [*path.split("."), "name"]) or default_name(path)
         if isinstance(name, str) and name in kind.table:
             found |= {key: f"{path}.{key}" for key in keys_of(name, kind)}
-    sections = (("train.early_stopping.", EarlyStopping), ("data.", Data), ("train.", Train), ("", Config))
+    sections = (("train.early_stopping.", EarlyStopping), ("data.", Data), ("train.", Train), ("transfer.", Transfer), ("", Config))
     for section, model in sections:
         found |= {key: section + key for key in model.model_fields}
     return found

@@ -106,6 +106,36 @@ class Train(Section):
     ] = "average"
 
 
+class Transfer(Section):
+    """Two parties instead of clients: one with labels, one without, other features, a few common people."""
+
+    protocol: Annotated[
+        Literal["plain", "paillier", "secret-sharing"], Field(description="how they multiply; plain hides nothing")
+    ] = "paillier"
+    loss: Annotated[Literal["taylor", "exact"], Field(description="logistic loss; exact only in plain")] = "taylor"
+    alignment: Annotated[
+        Literal["distance", "inner-product"], Field(description="what pulls hidden values of one person together")
+    ] = "distance"
+    gamma: Annotated[float, Field(ge=0, description="weight of the alignment")] = 0.01
+    l2: Annotated[float, Field(ge=0, description="weight of the parameters' squares, over 2")] = 0.001
+    overlap: Annotated[CountOrAll, Field(description="common rows that train")] = 200
+    labelled: Annotated[CountOrAll, Field(description="of these, with label")] = 100
+    hidden: Annotated[int, Field(ge=1, le=1024, description="hidden values of a row, at both parties")] = 16
+    trains: Annotated[Literal["all", "head"], Field(description="head: only the last layer")] = "all"
+    iterations: Annotated[int, Field(ge=1)] = 50
+    tolerance: Annotated[float | None, Field(ge=0, description="ends when the loss falls by no more")] = None
+    key_bits: Annotated[Literal[1024, 2048, 3072], Field(description="of Paillier keys")] = 2048
+    insecure: Annotated[bool, Field(description="allows key_bits 1024, for tests")] = False
+    triples: Annotated[
+        Literal["helper", "paillier"], Field(description="who makes those of secret-sharing: a third party, or the two")
+    ] = "helper"
+    share: Annotated[float, Field(gt=0, lt=1, description="of a dataset's columns that party A has")] = 0.5
+    positive: Annotated[
+        list[Annotated[int, Field(ge=0)]] | None, Field(description="classes that count as +1; null: the upper half")
+    ] = None
+    source_run: Annotated[Folder | None, Field(description="finished run that party A's net starts from")] = None
+
+
 class Config(Section):
     """One federation."""
 
@@ -117,7 +147,7 @@ class Config(Section):
     strategy: Annotated[Component, Slot("strategies")] = Field(default="fedavg", validate_default=True)
     pruning: Annotated[Component, Slot("pruning")] | None = None
     transforms: Transforms = Transforms([])
-    transfer: None = None
+    transfer: Transfer | None = None
     engine: Annotated[Component, Slot("engines")] = Field(default="local", validate_default=True)
     output: Annotated[Folder, Field(description="folder of the run folders")] = "runs"
 
@@ -142,6 +172,8 @@ def cross_problems(get: Callable[[str], Any]) -> list[str]:
         One line per broken rule.
     """
     problems = []
+    if isinstance(get("transfer"), Mapping):
+        return _transfer_problems(get)
     clients, cohort, split = get("data.clients"), get("train.clients_per_round"), get("data.split.name")
     if isinstance(get("data"), Mapping) and clients is None and split not in COUNTED_SPLITS and ":" not in str(split):
         problems.append(f"data.clients: needed, the split {split} does not know how many clients there are")
@@ -155,11 +187,46 @@ def cross_problems(get: Callable[[str], Any]) -> list[str]:
     return problems
 
 
+_UNUSED = (  # keys of a federation of clients: what they must be in a transfer, which has none
+    ("transforms", []),
+    ("train.early_stopping", None),
+    ("train.clients_per_round", "all"),
+    ("train.local_epochs", 1),
+    ("strategy.name", "fedavg"),
+    ("train.batch_norm", "average"),
+)
+
+
+def _transfer_problems(get: Callable[[str], Any]) -> list[str]:
+    """Problems of a config with a ``transfer`` section."""
+    problems = []
+    protocol, loss = get("transfer.protocol"), get("transfer.loss")
+    if loss == "exact" and protocol in ("paillier", "secret-sharing"):
+        problems.append(f"transfer.loss: exact needs transfer.protocol: plain, {protocol} can only add and multiply")
+    if get("transfer.key_bits") == 1024 and get("transfer.insecure") is not True:
+        problems.append("transfer.key_bits: 1024 can be broken; for a test set transfer.insecure: true")
+    overlap, labelled = get("transfer.overlap"), get("transfer.labelled")
+    if type(overlap) is int and type(labelled) is int and 1 <= overlap < labelled:
+        problems.append(f"transfer.labelled: must be <= transfer.overlap ({overlap}), got {labelled}")
+    if get("transfer.alignment") == "inner-product" and get("transfer.l2") == 0 and get("transfer.gamma") != 0:
+        problems.append("transfer.l2: must be > 0 with alignment: inner-product, which grows without limit, got 0")
+    for key, default in _UNUSED:
+        if get(key) not in (default, None):
+            problems.append(f"{key}: has no meaning in a transfer, which has two parties and no clients")
+    pruning, iterations = get("pruning"), get("transfer.iterations")
+    if isinstance(pruning, Mapping) and type(iterations) is int and iterations >= 1:
+        problems += too_late(str(pruning.get("name")), pruning, iterations, "transfer.iterations")
+    return problems
+
+
 _ROUNDS_OF = {"magnitude": ("start", "end"), "lottery-ticket": ("every",)}  # beside ``at``, which any method may have
 
 
-def too_late(pruning: str, params: Mapping[str, Any], rounds: int) -> list[str]:
-    """Problems with rounds after which the method of this name prunes: the last round is not among them."""
+def too_late(pruning: str, params: Mapping[str, Any], rounds: int, limit: str = "train.rounds") -> list[str]:
+    """Problems with rounds after which the method of this name prunes: the last round is not among them.
+
+    limit: key of the number of rounds.
+    """
     keys = [key for key in ("at", *_ROUNDS_OF.get(pruning, ())) if type(params.get(key)) is int]
-    rule = f"must be below train.rounds ({rounds})"
+    rule = f"must be below {limit} ({rounds})"
     return [f"pruning.{key}: {rule}, got {params[key]}" for key in keys if params[key] >= rounds]

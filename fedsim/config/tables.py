@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedsim.data.datasets import DATASETS
+from fedsim.data.sides import TWO_PARTIES
 from fedsim.data.splits import SPLITS
 from fedsim.engines.table import ENGINES
 from fedsim.models.zoo import MODELS
@@ -34,7 +35,7 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "datasets": Kind("data.dataset", DATASETS, frozenset({"root", "key", "progress"})),
+    "datasets": Kind("data.dataset", {**DATASETS, **TWO_PARTIES}, frozenset({"root", "key", "progress"})),
     "splits": Kind("data.split", SPLITS, frozenset({"labels", "num_clients", "key", "columns"})),
     "models": Kind("model", MODELS, frozenset({"input_shape", "num_classes"})),
     "regularizers": Kind("model.regularizers", REGULARIZERS, many=True),

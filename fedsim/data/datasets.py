@@ -1,12 +1,15 @@
-"""The table of datasets, and the one that needs no files."""
+"""The table of datasets, and the first of them, which needs no files."""
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from fedsim.data.breast_cancer import breast_cancer
 from fedsim.data.checks import check
 from fedsim.data.cifar import cifar10, cifar100
+from fedsim.data.columns import columns
+from fedsim.data.credit import credit_default
 from fedsim.data.files import image_folder, npz
 from fedsim.data.idx import fashion_mnist, mnist
 from fedsim.data.synthetic import synthetic
@@ -46,6 +49,9 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "cifar100": cifar100,
     "shakespeare": shakespeare,
     "synthetic": synthetic,
+    "breast-cancer": breast_cancer,
+    "credit-default": credit_default,
+    "columns": columns,
     "npz": npz,
     "image-folder": image_folder,
 }

@@ -46,7 +46,7 @@ def make(folder: Path, hosts: Sequence[str], clients: int, *, days: int = 365, r
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not (folder / f"{c.CA}.crt").exists():
-            made += _authority(folder)
+            made += make_authority(folder)
         if with_server:
             made += _server(folder, hosts, days)
         authority = (folder / f"{c.CA}.crt").read_bytes()
@@ -71,7 +71,7 @@ def _check(hosts: Sequence[str], clients: int, days: int, *, needed: bool) -> No
         raise ConfigError(problems)
 
 
-def _authority(folder: Path) -> list[Path]:
+def make_authority(folder: Path) -> list[Path]:
     """A certificate for ``ca.key`` if that is there: it is the same authority, and what it signed stays good."""
     if not (folder / f"{c.CA}.key").exists() and (left := next(folder.glob(f"client-*/{c.CA}.crt"), None)):
         raise DataError(f"{folder / c.CA}.crt: missing, but clients trust an authority: copy {left} there")
@@ -88,26 +88,53 @@ def _authority(folder: Path) -> list[Path]:
 
 
 def _server(folder: Path, hosts: Sequence[str], days: int) -> list[Path]:
+    names = [_general(name) for name in dict.fromkeys([*hosts, *ALWAYS])]
+    uses = [ExtendedKeyUsageOID.SERVER_AUTH]
+    return issue(folder, folder / c.SERVER, subject=hosts[0][:64], names=names, uses=uses, days=days)
+
+
+def issue(
+    folder: Path,
+    stem: Path,
+    *,
+    subject: str,
+    names: Sequence[x509.GeneralName],
+    uses: Sequence[x509.ObjectIdentifier],
+    days: int,
+) -> list[Path]:
+    """A certificate ``stem.crt`` for the key ``stem.key``, which is made if it is not there.
+
+    Args:
+        folder: of the authority that signs it.
+        stem: of the files.
+        subject, names, uses: whose it is, by which names, for what.
+        days: how long it is good; no longer than the authority.
+
+    Returns:
+        The files that were made.
+
+    Raises:
+        DataError: the authority's key is missing, or something is not as it must be.
+    """
     authority = c.load_certificate(folder / f"{c.CA}.crt")
     if not (folder / f"{c.CA}.key").exists():
-        raise DataError(f"{folder / c.CA}.key: missing, and needed to sign the server's certificate; copy it back")
+        raise DataError(f"{folder / c.CA}.key: missing, and needed to sign the {stem.name}'s certificate; copy it back")
     signer = c.check_key(folder / f"{c.CA}.key", authority)
     last = min(days, (authority.not_valid_after_utc - datetime.datetime.now(datetime.UTC)).days)
     if last < 1:
         raise DataError(f"{folder / c.CA}.crt: the authority expires within a day; begin with a new folder")
-    key, made = _key(folder / f"{c.SERVER}.key", ec.SECP256R1())
-    names = dict.fromkeys([*hosts, *ALWAYS])
+    key, made = _key(stem.with_name(f"{stem.name}.key"), ec.SECP256R1())
     certificate = (
-        _certificate(_name(hosts[0][:64]), authority.subject, key.public_key(), last)
-        .add_extension(x509.SubjectAlternativeName([_general(name) for name in names]), critical=False)
+        _certificate(_name(subject), authority.subject, key.public_key(), last)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(sign_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(_signed_by(authority), critical=False)
         .sign(signer, hashes.SHA384())
     )
-    return [*made, _write(folder / f"{c.SERVER}.crt", certificate.public_bytes(serialization.Encoding.PEM))]
+    return [*made, _write(stem.with_name(f"{stem.name}.crt"), certificate.public_bytes(serialization.Encoding.PEM))]
 
 
 def _client(folder: Path, authority: bytes) -> list[Path]:
@@ -115,10 +142,7 @@ def _client(folder: Path, authority: bytes) -> list[Path]:
 
     A public key without a private one is left alone: the private one may be on the client's machine only.
     """
-    folder.mkdir(exist_ok=True, mode=0o700)
-    made = []
-    if not (folder / f"{c.CA}.crt").exists() or (folder / f"{c.CA}.crt").read_bytes() != authority:
-        made.append(_write(folder / f"{c.CA}.crt", authority))
+    made = own_folder(folder, authority)
     if (folder / c.CLIENT_PUBLIC).exists():
         return made
     if (folder / c.CLIENT_KEY).exists():
@@ -128,6 +152,13 @@ def _client(folder: Path, authority: bytes) -> list[Path]:
         made.append(_write(folder / c.CLIENT_KEY, _pem(key, serialization.PrivateFormat.OpenSSH), private=True))
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     return [*made, _write(folder / c.CLIENT_PUBLIC, public + f" fedsim-{folder.name}\n".encode())]
+
+
+def own_folder(folder: Path, authority: bytes) -> list[Path]:
+    """The folder for one machine, with the authority's certificate; returns it if it was not there."""
+    folder.mkdir(exist_ok=True, mode=0o700)
+    copy = folder / f"{c.CA}.crt"
+    return [] if copy.exists() and copy.read_bytes() == authority else [_write(copy, authority)]
 
 
 def _key(path: Path, curve: ec.EllipticCurve) -> tuple[Private, list[Path]]:

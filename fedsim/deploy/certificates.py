@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from fedsim.errors import DataError
 from fedsim.runs import read_bytes
 
-CA, SERVER = "ca", "server"
+CA, SERVER, PARTY = "ca", "server", "party"
 CLIENT_KEY, CLIENT_PUBLIC = "client.key", "client.pub"
 
 
@@ -165,7 +165,8 @@ def check_dates(path: Path, certificate: x509.Certificate) -> None:
     """Raises DataError if a certificate is no longer good, or not yet."""
     now = datetime.datetime.now(datetime.UTC)
     if now > certificate.not_valid_after_utc:
-        remedy = "make a new one with fedsim certs --renew" if path.stem == SERVER else "begin with a new folder"
+        renewed = path.stem in (SERVER, PARTY)
+        remedy = "make a new one with fedsim certs --renew" if renewed else "begin with a new folder"
         raise DataError(f"{path}: expired on {certificate.not_valid_after_utc:%Y-%m-%d}; {remedy}")
     if now < certificate.not_valid_before_utc:
         since = f"{certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC"

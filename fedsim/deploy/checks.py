@@ -30,9 +30,9 @@ class Checked:
 
 
 def check(folder: Path) -> list[Checked]:
-    """Every file that a server with this folder needs, and every client's; in a client's folder, its own.
+    """Every file that a server with this folder needs, and every client's and party's; in one's own folder, its own.
 
-    Private keys of authority and clients may be kept elsewhere: a server needs neither.
+    Private keys of authority, clients and parties may be kept elsewhere: a server needs none of them.
 
     Raises:
         DataError: there is no such folder.
@@ -42,15 +42,27 @@ def check(folder: Path) -> list[Checked]:
     authority = folder / f"{c.CA}.crt"
     if (folder / c.CLIENT_KEY).exists():
         return [_certificate(authority, "authority"), _client(folder, None)]
+    if (folder / f"{c.PARTY}.crt").exists():
+        return [_certificate(authority, "authority"), *_party(folder)]
     server = folder / f"{c.SERVER}.crt"
     found = [_certificate(authority, "authority")]
     if (folder / f"{c.CA}.key").exists():
         found.append(_key(folder / f"{c.CA}.key", authority))
+    parties = [one for path in sorted(folder.glob(f"{c.PARTY}-*/{c.PARTY}.crt")) for one in _party(path.parent)]
+    if parties and not server.exists():
+        return found + parties
     found += [_certificate(server, "server", authority), _key(folder / f"{c.SERVER}.key", server)]
     numbers = sorted(n for path in folder.glob("client-*") if (n := c.number_of(path)) is not None)
     clients = _distinct([_client(c.client_folder(folder, number), authority) for number in numbers])
     nobody = Checked(c.client_folder(folder, 0) / c.CLIENT_PUBLIC, "client", problem=f"{folder}: has no client-0")
-    return found + (clients or [nobody])
+    return found + (clients or [nobody]) + parties
+
+
+def _party(folder: Path) -> list[Checked]:
+    """Its certificate, and its key unless that is on its machine only."""
+    path, key = folder / f"{c.PARTY}.crt", folder / f"{c.PARTY}.key"
+    found = [_certificate(path, "party", folder / f"{c.CA}.crt")]
+    return [*found, _key(key, path)] if key.exists() else [replace(found[0], kind="party, key elsewhere")]
 
 
 def _certificate(path: Path, kind: str, authority: Path | None = None) -> Checked:

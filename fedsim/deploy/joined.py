@@ -56,7 +56,7 @@ def join(
         ConfigError, DataError: the config, the data or the certificates are not as they must be.
         RunError: the server does not take this client, or did not come in ``wait_s``.
     """
-    files = _files(options)
+    files = connecting_files(options)
     states = state_folder(options)
     torch.set_num_threads(1)  # like every engine: results do not depend on the number of cores
     partition, own_data = options.partition, options.own_data
@@ -87,7 +87,12 @@ def state_folder(options: Options) -> Path:
     return cache_folder("clients") / f"{name}-{options.partition}"
 
 
-def _files(options: Options) -> ClientFiles | None:
+def connecting_files(options: Options) -> ClientFiles | None:
+    """What the client needs of the folder of certificates; None without one.
+
+    Raises:
+        ConfigError: there is none, for an address elsewhere.
+    """
     if options.certs is not None:
         return client_files(options.certs, options.partition)
     if not options.server.is_loopback:

@@ -78,6 +78,22 @@ class _Away:
         return {node for node in nodes if now - self._since.get(node, now) >= LOST_S}
 
 
+def until(true: Callable[[], bool], wait_s: float, check: Callable[[], None], otherwise: str) -> None:
+    """Wait.
+
+    check: raises if there is nothing to wait for any more.
+
+    Raises:
+        RunError: it did not come true in so many seconds; says ``otherwise``.
+    """
+    end = time.monotonic() + wait_s
+    while not true():
+        check()
+        if time.monotonic() >= end:
+            raise RunError(f"gave up after {wait_s:g} s, {otherwise}")
+        time.sleep(POLL_S * 4)
+
+
 @dataclass
 class Members:
     """The clients that have joined.

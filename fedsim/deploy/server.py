@@ -77,7 +77,7 @@ def serve(
     changes = {**overrides, **DEPLOYMENT}
     _check(options, config_files.load(config, changes))
     hooks: dict[str, Any] = {"on_start": on_start, "on_round": on_round, "progress": progress}
-    return running.run(config, changes, loop=_loop(options, _files(options), say), **hooks)
+    return running.run(config, changes, loop=_loop(options, listening_files(options), say), **hooks)
 
 
 def resume(
@@ -95,10 +95,15 @@ def resume(
         raise ConfigError(f"--resume: {folder} is no run of fedsim server; go on with it with fedsim resume")
     _check(options, config_files.check(found))
     hooks: dict[str, Any] = {"on_start": on_start, "on_round": on_round, "progress": progress}
-    return running.resume(folder, loop=_loop(options, _files(options), say), **hooks)
+    return running.resume(folder, loop=_loop(options, listening_files(options), say), **hooks)
 
 
-def _files(options: Options) -> ServerFiles | None:
+def listening_files(options: Options) -> ServerFiles | None:
+    """What the server needs of the folder of certificates; None without one.
+
+    Raises:
+        ConfigError: there is none, for an address that others can reach.
+    """
     if options.certs is not None:
         return server_files(options.certs)
     if not options.listen.is_loopback:

@@ -96,7 +96,7 @@ WRONG = [
     ("transforms", [{"name": "top-k", "fraction": 0}], "transforms.0.fraction: must be > 0, got 0"),
     ("transforms", ["half", {"name": "quantise", "bits": 5}], "transforms.1.bits: must be 8 or 4, got 5"),
     ("transforms", None, "must be a list, got null"),
-    ("transfer", 1, "must be null, this version has none yet, got 1"),
+    ("transfer", 1, "must be a section of keys and values, got 1"),
 ]
 
 
