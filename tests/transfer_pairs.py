@@ -56,9 +56,7 @@ def side(role: str, kind: str = "linear", seed: int = 0) -> Side:
 
 def ahead(side: Side, objective: o.Objective, params: Params | None = None) -> Forward:
     """The party's forward pass, with draws of key 3."""
-    return forward(
-        side.net, params or side.params, side.rows, objective, key=3, progress=1.0, start=side.params
-    )
+    return forward(side.net, params or side.params, side.rows, objective, key=3, progress=1.0, start=side.params)
 
 
 def loss(objective: o.Objective, a: Forward, b: Forward, labels: Tensor) -> Tensor:

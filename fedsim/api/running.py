@@ -23,7 +23,7 @@ from fedsim.pruning.fitting import fitted
 from fedsim.recording import OnRound, Recording
 from fedsim.records import ClientEvaluation, Params, RoundRecord, ServerState
 
-OnStart = Callable[["Run", Federation | transferring.Pair], None]
+OnStart = Callable[["Run", Any], None]  # with a Federation, or a Pair of two parties
 OnResult = Callable[[RoundResult], None]
 Loop = Callable[[Path, Federation, Engine, ServerState, OnResult], object]
 

@@ -98,7 +98,9 @@ class TransferRecording:
             if isinstance(error, KeyboardInterrupt):
                 self._write("interrupted")
             else:
-                self._write("failed", str(error) if isinstance(error, FedsimError) else f"{type(error).__name__}: {error}")
+                self._write(
+                    "failed", str(error) if isinstance(error, FedsimError) else f"{type(error).__name__}: {error}"
+                )
 
     def _write(self, status: Status, error: str | None = None) -> None:
         found = summarize(self.rounds, self.initial, planned=self.planned, target=self.target)

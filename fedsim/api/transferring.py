@@ -10,14 +10,14 @@ from fedsim.api.transfer_folder import TransferRecording, new_folder
 from fedsim.config import build, parties
 from fedsim.config.schema import Config
 from fedsim.data.sides import Sides
-from fedsim.errors import ConfigError
 from fedsim.models.drawing import UNTOLD, Draws
 from fedsim.params import num_entries
 from fedsim.records import Params, RoundRecord
 from fedsim.summary import Metrics
+from fedsim.transfer.agreement import Agreed, Party
 from fedsim.transfer.channel import Channel
 from fedsim.transfer.multiplication import Multiplication
-from fedsim.transfer.party import Agreed, Outcome, Party, take_part
+from fedsim.transfer.party import Outcome, take_part
 from fedsim.transfer.protocols import multiplications
 from fedsim.transfer.scoring import Scorer, accuracy
 from fedsim.transfer.terms import Role
@@ -56,7 +56,7 @@ def run(
     with multiplications(agreed) as ends:
         folder = new_folder(config, beside, "both parties in one process")
         first = Metrics(0, None, scorer(a.params, b.params))
-        recorder = _recorder(config, agreed, folder, [a, b], first, on_round)
+        recorder = _recorder(config, agreed, folder, [a, b], first=first, on_round=on_round)
         with runs.locked(folder), recorder as recording:
 
             def take(it: Iteration) -> None:
@@ -76,8 +76,8 @@ def run_party(
     role: Role,
     channel: Channel,
     multiplication: Multiplication,
-    beside: Path,
     *,
+    beside: Path,
     on_start: Callable[[Path, Pair], None],
     on_round: OnRound,
     prepared: tuple[Sides, Party] | None = None,
@@ -100,7 +100,7 @@ def run_party(
     agreed = parties.agreed(config)
     found, party = prepared or prepare(config, role)
     folder = new_folder(config, beside, f"party {role}")
-    recorder = _recorder(config, agreed, folder, [party], None, on_round)
+    recorder = _recorder(config, agreed, folder, [party], first=None, on_round=on_round)
     with runs.locked(folder), recorder as recording:
 
         def take(number: int, params: Params, loss: float | None) -> None:
@@ -125,7 +125,7 @@ def prepare(config: Config, role: Role, progress: build.Progress = build.silent)
 
 
 def _recorder(
-    config: Config, agreed: Agreed, folder: Path, here: list[Party], first: Metrics | None, on_round: OnRound
+    config: Config, agreed: Agreed, folder: Path, here: list[Party], *, first: Metrics | None, on_round: OnRound
 ) -> TransferRecording:
     facts = {
         "name": config.name,
@@ -158,18 +158,11 @@ def _result(done: Ends, ends: tuple[Multiplication, Multiplication]) -> dict[str
 
 def _of_party(role: str, done: Outcome, sent: Mapping[str, int], counted: Multiplication) -> dict[str, Any]:
     """What summary.json says of a party."""
-    told: dict[str, Any] = {"overlap": done.overlap, f"sent_by_{role}": dict(sent), f"counted_by_{role}": counted.describe()}
+    told: dict[str, Any] = {
+        "overlap": done.overlap,
+        f"sent_by_{role}": dict(sent),
+        f"counted_by_{role}": counted.describe(),
+    }
     if done.predicted is not None:
         told["predictions"] = len(done.predicted)
     return told
-
-
-def role_of(text: str) -> Role:
-    """A role as a user wrote it.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    if text == "a" or text == "b":
-        return text
-    raise ConfigError(f"--role: must be a, b or helper, got {text}")

@@ -71,7 +71,9 @@ def _options(
     from fedsim.deploy.address import Address
 
     if role not in meeting.ROLES:
-        raise ConfigError(f"--role: must be {', '.join(meeting.ROLES[:-1])} or {meeting.ROLES[-1]}, got {role or 'none'}")
+        raise ConfigError(
+            f"--role: must be {', '.join(meeting.ROLES[:-1])} or {meeting.ROLES[-1]}, got {role or 'none'}"
+        )
     if (certs is None) != insecure:
         raise ConfigError("--certs: give either the folder of certificates or --insecure")
     if (listen is None) == (connect is None):

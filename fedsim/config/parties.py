@@ -2,7 +2,6 @@
 
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -22,8 +21,8 @@ from fedsim.training.losses import cross_entropy
 from fedsim.training.optimizers import Optimizer
 from fedsim.training.scaled import scaled
 from fedsim.training.schedules import Schedule
+from fedsim.transfer.agreement import Agreed, Party
 from fedsim.transfer.nets import Net, net_of
-from fedsim.transfer.party import Agreed, Party
 from fedsim.transfer.terms import Role
 
 
@@ -199,4 +198,4 @@ def _started(net: Net, params: Params, folder: Path) -> Params:
             has = f"shape {tuple(found[name].shape)}" if name in found else "no such parameter"
             rule = f"must have {name} of shape {tuple(params[name].shape)}, as party A's net has it; it has {has}"
             raise ConfigError(f"transfer.source_run: {folder} {rule}")
-    return {**params, **{name: cast(torch.Tensor, found[name]).double() for name in body}}
+    return {**params, **{name: found[name].double() for name in body}}

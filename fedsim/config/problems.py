@@ -147,7 +147,13 @@ def _everywhere(raw: Any) -> dict[str, str]:
         name = at(raw, [*path.split("."), "name"]) or default_name(path)
         if isinstance(name, str) and name in kind.table:
             found |= {key: f"{path}.{key}" for key in keys_of(name, kind)}
-    sections = (("train.early_stopping.", EarlyStopping), ("data.", Data), ("train.", Train), ("transfer.", Transfer), ("", Config))
+    sections = (
+        ("train.early_stopping.", EarlyStopping),
+        ("data.", Data),
+        ("train.", Train),
+        ("transfer.", Transfer),
+        ("", Config),
+    )
     for section, model in sections:
         found |= {key: section + key for key in model.model_fields}
     return found

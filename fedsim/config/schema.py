@@ -187,7 +187,9 @@ def cross_problems(get: Callable[[str], Any]) -> list[str]:
     return problems
 
 
-_UNUSED = (  # keys of a federation of clients: what they must be in a transfer, which has none
+_UNUSED: tuple[
+    tuple[str, Any], ...
+] = (  # keys of a federation of clients: what they must be in a transfer, which has none
     ("transforms", []),
     ("train.early_stopping", None),
     ("train.clients_per_round", "all"),

@@ -86,7 +86,7 @@ def take_part(
                 role_of(options.role),
                 channel,
                 multiplication,
-                beside,
+                beside=beside,
                 on_start=lambda folder, pair: on_start(Run(folder), pair),
                 on_round=on_round,
                 prepared=prepared,
@@ -139,12 +139,12 @@ def _help(options: Options, files: PartyFiles | None, say: Say) -> None:
     channels: list[Channel] = []
     try:
         for peer in ("a", "b"):
-            link = listen(
-                options.listen, files, role="helper", peer=peer, say=say, wait_s=options.wait_s, sockets=own
-            )
+            link = listen(options.listen, files, role="helper", peer=peer, say=say, wait_s=options.wait_s, sockets=own)
             channels.append(Channel(link, f"party {peer}"))
         dealt = help_both(*channels)
     finally:
-        for one in (*channels, *own):
+        for channel in channels:
+            channel.close()
+        for one in own:
             one.close()
     say(f"dealt triples {dealt} times")

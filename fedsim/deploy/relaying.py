@@ -1,4 +1,4 @@
-"""A transfer through Flower's machines: ``fedsim server`` passes on sealed frames, each ``fedsim client`` is a party."""
+"""A transfer through Flower's machines: ``fedsim server`` passes on sealed frames, ``fedsim client`` is a party."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -106,7 +106,11 @@ def join(config: Config, path: Path, options: joined.Options, say: Say) -> None:
     role, files = roles[options.partition], joined.connecting_files(options)
     torch.set_num_threads(1)
     mailbox, over, raised = Mailbox(role), threading.Event(), list[BaseException]()
-    act = _helper(mailbox, roles) if role == "helper" else _party(config, path, role_of(role), mailbox, roles, say)
+    act = (
+        _helper(mailbox, roles)
+        if role == "helper"
+        else _party(config, path, role_of(role), mailbox, helped="helper" in roles, say=say)
+    )
 
     def run() -> None:
         try:
@@ -142,13 +146,11 @@ def role_of(role: str) -> Role:
     return "a" if role == "a" else "b"
 
 
-def _party(
-    config: Config, path: Path, role: Role, mailbox: Mailbox, roles: tuple[str, ...], say: Say
-) -> Callable[[], None]:
+def _party(config: Config, path: Path, role: Role, mailbox: Mailbox, *, helped: bool, say: Say) -> Callable[[], None]:
     peer: Role = "b" if role == "a" else "a"
     prepared = transferring.prepare(config, role)
     link = SealedLink(mailbox.link(peer), role == "a")
-    helper = SealedLink(mailbox.link("helper"), True) if "helper" in roles else None
+    helper = SealedLink(mailbox.link("helper"), True) if helped else None
 
     def told(record: RoundRecord) -> None:
         say(f"iteration {record.round}" + ("" if record.loss is None else f": loss {record.loss:.4f}"))
@@ -163,7 +165,7 @@ def _party(
                     role,
                     channel,
                     multiplication,
-                    folders.folder_of(path),
+                    beside=folders.folder_of(path),
                     on_start=folders.ignore,
                     on_round=told,
                     prepared=prepared,

@@ -20,7 +20,14 @@ class Multiplication(Protocol):
         """
 
     def exchange(
-        self, channel: Channel, role: Role, own: Plan, coefficients: Sequence[Reals], other: Plan, secrets: Sequence[Reals]
+        self,
+        channel: Channel,
+        role: Role,
+        own: Plan,
+        coefficients: Sequence[Reals],
+        *,
+        other: Plan,
+        secrets: Sequence[Reals],
     ) -> list[Reals]:
         """Multiply both ways.
 
@@ -61,7 +68,14 @@ class Clear:
         """There is nothing to prepare."""
 
     def exchange(
-        self, channel: Channel, role: Role, own: Plan, coefficients: Sequence[Reals], other: Plan, secrets: Sequence[Reals]
+        self,
+        channel: Channel,
+        role: Role,
+        own: Plan,
+        coefficients: Sequence[Reals],
+        *,
+        other: Plan,
+        secrets: Sequence[Reals],
     ) -> list[Reals]:
         """See ``Multiplication``."""
         given = np.concatenate([np.ravel(one) for one in secrets]) if secrets else np.zeros(0)

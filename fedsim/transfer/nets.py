@@ -86,8 +86,9 @@ def _head(model: nn.Module, example: Tensor) -> str | None:
     net = Net(model, path)
     found = rows(net, p.of(model)[0], example.double().unsqueeze(0), key=0)
     expected = found.features @ layer.weight.T + layer.bias
-    same = found.values.shape == expected.shape and bool(torch.equal(found.values, expected) or
-                                                        torch.allclose(found.values, expected, rtol=1e-12, atol=1e-12))
+    same = found.values.shape == expected.shape and bool(
+        torch.equal(found.values, expected) or torch.allclose(found.values, expected, rtol=1e-12, atol=1e-12)
+    )
     return path if same else None
 
 

@@ -75,7 +75,7 @@ def alone(objective: Objective, hidden: Tensor, params: dict[str, Tensor]) -> Te
 
     hidden: (overlap, d), of the rows of the overlap.
     """
-    weights = sum(tensor.square().sum() for tensor in params.values())
+    weights = sum((tensor.square().sum() for tensor in params.values()), start=hidden.new_zeros(()))
     own = objective.l2 / 2 * weights
     if objective.alignment == "distance":
         own = own + objective.gamma * hidden.square().sum(1).mean()

@@ -5,10 +5,10 @@ import os
 import threading
 from collections.abc import Iterator
 
+from fedsim.transfer.agreement import Agreed
 from fedsim.transfer.channel import Channel
 from fedsim.transfer.links import pair
 from fedsim.transfer.multiplication import Clear, Multiplication
-from fedsim.transfer.party import Agreed
 from fedsim.transfer.sharing import Helped, SecretSharing, help_both
 
 
@@ -35,7 +35,11 @@ def multiplication_of(agreed: Agreed, helper: Channel | None) -> Iterator[Multip
         assert helper is not None
         yield SecretSharing(Helped(helper))
     else:
-        raise NotImplementedError
+        from fedsim.transfer.encrypted import Paillier  # noqa: PLC0415  needs gmpy2
+        from fedsim.transfer.pool import Pool  # noqa: PLC0415
+
+        with Pool(workers()) as pool:
+            yield Paillier(agreed.key_bits, insecure=agreed.key_bits < 2048, pool=pool)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Parties as nodes of Flower: the server passes on frames that it cannot read, and knows no keys.
 
-A party runs in a thread of its node's process and writes to a mailbox. Each message of the server brings the frames that
-others have sent to this node; the reply takes along what the party has sent until it waits for more. So whatever carries
-Flower's messages carries a transfer: the in-process grid, or SuperLink and SuperNodes on three machines.
+A party runs in a thread of its node's process and writes to a mailbox. Each message of the server brings the frames
+that others have sent to this node; the reply takes along what the party has sent until it waits for more. So whatever
+carries Flower's messages carries a transfer: the in-process grid, or SuperLink and SuperNodes on three machines.
 """
 
 import contextlib
@@ -180,7 +180,9 @@ def relay(exchange: Exchange, nodes: Sequence[int], expected: Mapping[str, int] 
 
 
 def _content(role: str, frames: Frames) -> RecordDict:
-    record = ConfigRecord({"role": role, "peers": [peer for peer, _ in frames], "frames": [frame for _, frame in frames]})
+    record = ConfigRecord(
+        {"role": role, "peers": [peer for peer, _ in frames], "frames": [frame for _, frame in frames]}
+    )
     return RecordDict({_RECORD: record})
 
 
@@ -195,7 +197,10 @@ def _frames(record: ConfigRecord) -> Frames:
     peers, frames = record.get("peers"), record.get("frames")
     if not isinstance(peers, list) or not isinstance(frames, list) or len(peers) != len(frames):
         raise RunError(f"a record {_RECORD} must hold as many peers as frames")
-    return [(str(peer), bytes(frame)) for peer, frame in zip(peers, frames, strict=True)]  # type: ignore[arg-type]
+    found = [(peer, frame) for peer, frame in zip(peers, frames, strict=True) if isinstance(frame, bytes)]
+    if len(found) != len(frames):
+        raise RunError(f"a record {_RECORD} must hold frames of bytes")
+    return [(str(peer), frame) for peer, frame in found]
 
 
 @contextlib.contextmanager

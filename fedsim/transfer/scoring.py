@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fedsim.data.sides import Table
 from fedsim.records import Params
+from fedsim.transfer.agreement import Party
 from fedsim.transfer.nets import rows
 from fedsim.transfer.objective import predictor
-from fedsim.transfer.party import Party
 
 
 class Scorer:

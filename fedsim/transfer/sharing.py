@@ -59,7 +59,14 @@ class SecretSharing:
         self._offline_s += time.perf_counter() - before
 
     def exchange(
-        self, channel: Channel, role: Role, own: Plan, coefficients: Sequence[Reals], other: Plan, secrets: Sequence[Reals]
+        self,
+        channel: Channel,
+        role: Role,
+        own: Plan,
+        coefficients: Sequence[Reals],
+        *,
+        other: Plan,
+        secrets: Sequence[Reals],
     ) -> list[Reals]:
         """See ``Multiplication``."""
         before = time.perf_counter()

@@ -1,13 +1,13 @@
 """What each party multiplies: its secrets, the coefficients that its own gradient gives to the other's, and the layout.
 
 With the Taylor loss both gradients are linear in what the other party has to give. Party A gives V_A (T, d), T = d +
-overlap: first ``Phi Phi' / 4``, then of each person ``w_i = gamma kappa u_i^A - [i labelled] (n / n_c) y_i Phi / 2``. Party B
-gives V_B: first ``S = sum_i u_i u_i' / n_c`` over labelled rows, then ``u_i^B``. Either gradient is a matrix of the
-party's own, the coefficients, times the other's secrets; neither learns more than the product. Because y^2 = 1 the paper's
-matrices of every single row collapse into these sums.
+overlap: first ``Phi Phi' / 4``, then of each person ``w_i = gamma kappa u_i^A - [i labelled] (n / n_c) y_i Phi / 2``.
+Party B gives V_B: first ``S = sum_i u_i u_i' / n_c`` over labelled rows, then ``u_i^B``. Either gradient is a matrix of
+the party's own, the coefficients, times the other's secrets; neither learns more than the product. Because y^2 = 1 the
+paper's matrices of every single row collapse into these sums.
 
-Parameters of the last linear layer, ``u = W h + b``, need only products of the few columns of ``h`` with whole rows of V.
-The others need every entry of V by itself. Where only a last layer is trained, V therefore travels as rows, which a
+Parameters of the last linear layer, ``u = W h + b``, need only products of the few columns of ``h`` with whole rows of
+V. The others need every entry of V by itself. Where only a last layer is trained, V therefore travels as rows, which a
 ciphertext holds many entries of; otherwise as entries.
 
 Source: Liu et al. 2018, arXiv:1812.03337, section 4.2 and Algorithm 1. Differs: means instead of sums; the sums above;

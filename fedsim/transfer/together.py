@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from fedsim.errors import RunError, TransferError
 from fedsim.records import Params
+from fedsim.transfer.agreement import Agreed, Party
 from fedsim.transfer.channel import Channel, Record
 from fedsim.transfer.links import Link, pair
 from fedsim.transfer.multiplication import Multiplication
-from fedsim.transfer.party import Agreed, Outcome, Party, take_part
+from fedsim.transfer.party import Outcome, take_part
 
 
 class Iteration(NamedTuple):

@@ -9,9 +9,9 @@ from sklearn.datasets import load_digits
 
 from fedsim.data.datasets import digits
 from fedsim.data.federated import hold_out
+from fedsim.data.sides import Sides, Table, from_dataset, from_files, overlap_tables, read_party
 from fedsim.errors import ConfigError, DataError
 from fedsim.records import Examples
-from fedsim.data.sides import Sides, Table, from_dataset, from_files, overlap_tables, read_party
 
 
 def examples(count: int, width: int = 5, classes: int = 3, start: int = 0) -> Examples:

@@ -260,7 +260,7 @@ def test_a_wrong_certificate_is_refused_on_both_sides_and_listening_goes_on(case
 def test_a_listener_of_another_authority_is_refused_on_both_sides(certs, stranger, listen):
     listening = listen(party_files(stranger, "a"))
     with pytest.raises(
-        TransferError, match="certificate is not accepted here .*must come from one fedsim certs --parties"
+        TransferError, match=r"certificate is not accepted here .*must come from one fedsim certs --parties"
     ):
         connect(listening.address, party_files(certs, "b"))
     assert "does not know the authority" in listening.refused()

@@ -7,8 +7,8 @@ from transfer_pairs import HIDDEN, NETS, normal, side
 from fedsim import params as p
 from fedsim import rng
 from fedsim.models.zoo import MODELS
-from fedsim.transfer.nets import jacobian, net_of, rows
 from fedsim.training.regularizers import REGULARIZERS, bind
+from fedsim.transfer.nets import jacobian, net_of, rows
 
 
 @pytest.mark.parametrize("kind", list(NETS))

@@ -128,7 +128,7 @@ GOOD = int(KEY.public.base)
         (wire(N, 0), "an h_n that is not in the group"),
         (wire(N, 1), "an h_n that is not in the group"),
         (wire(N, N * N - 1), "an h_n that is not in the group"),
-        (wire(N, N * N + GOOD), "an h_n that is not in the group"),
+        (wire(N, 2**2048 - 1), "an h_n that is not in the group"),
         (wire(N, int(KEY.p) * 12345), "an h_n that is not in the group"),
     ],
 )

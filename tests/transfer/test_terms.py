@@ -41,9 +41,7 @@ def test_products_of_coefficients_and_secrets_are_the_gradient_that_autograd_fin
     a, b = side("a", kind_a), side("b", kind_b)
     ahead_a, ahead_b = ahead(a, objective), ahead(b, objective)
     plan_a, plan_b = plans(a, b)
-    view_a, view_b = (
-        step.view(one.net, f, one.rows, key=3, progress=1.0) for one, f in ((a, ahead_a), (b, ahead_b))
-    )
+    view_a, view_b = (step.view(one.net, f, one.rows, key=3, progress=1.0) for one, f in ((a, ahead_a), (b, ahead_b)))
     source = step.source(a.net, ahead_a, a.rows)
     from_a = terms.laid_out(terms.secrets_of_a(objective, view_a, source), plan_b, None)
     from_b = terms.laid_out(terms.secrets_of_b(view_b, LABELLED), plan_a, float(ahead_b.own.detach()))
