@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import IO
 
 from fedsim import runs
-from fedsim.api import folders
+from fedsim.api import folders, transferring
 from fedsim.api.running import Run, record, resume, simulated
 from fedsim.api.sweep_folder import Row, read_plan
 from fedsim.api.sweep_plan import Combination, Plan
+from fedsim.api.transfer_folder import new_folder as new_transfer_folder
 from fedsim.config import build
 from fedsim.config import load as config_files
 from fedsim.config.foreign import importable
+from fedsim.config.schema import Config
 from fedsim.errors import FedsimError
 from fedsim.federation import Federation
 from fedsim.recording import OnRound
@@ -78,6 +80,9 @@ def _run(folder: Path, plan: Plan, one: Combination, listening: Listening) -> No
     """What ``running.run`` does, in a folder whose name says what the run is."""
     with importable(plan.beside), folders.one_thread():
         config = plan.config(one)
+        if config.transfer is not None:
+            _transfer(folder, plan, one, listening)
+            return
         federation, engine = build.federation(config, listening.progress)
         engine = folders.prepared(engine, federation, {})
         elsewhere = config.model_copy(update={"output": str(folder / NEW)})
@@ -88,6 +93,26 @@ def _run(folder: Path, plan: Plan, one: Combination, listening: Listening) -> No
         rounds = partial(simulated, place, federation, engine)
         told = _on_start(one, listening)
         record(place, config, federation, rounds, on_start=told, on_round=listening.on_round)
+
+
+def _transfer(folder: Path, plan: Plan, one: Combination, listening: Listening) -> None:
+    """The same of a transfer."""
+
+    def new(config: Config, beside: Path, engine: str) -> Path:
+        elsewhere = config.model_copy(update={"output": str(folder / NEW)})
+        place = new_transfer_folder(elsewhere, beside, engine)
+        with runs.writing(place):
+            runs.write_config(place, config_files.resolved(config))
+            return place.rename(folder / one.name)
+
+    transferring.run(
+        plan.config(one),
+        plan.beside,
+        on_start=lambda _, pair: listening.on_begin(one.name, 0, pair.rounds),
+        on_round=listening.on_round,
+        progress=listening.progress,
+        new=new,
+    )
 
 
 def _on_start(one: Combination, listening: Listening) -> Callable[[Run, Federation], None]:

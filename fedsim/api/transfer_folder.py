@@ -13,6 +13,7 @@ from fedsim.config.schema import Config
 from fedsim.errors import FedsimError
 from fedsim.records import Params, RoundRecord
 from fedsim.summary import Metrics, Status, summarize
+from fedsim.transfer.scoring import Score
 
 
 def new_folder(config: Config, beside: Path, engine: str) -> Path:
@@ -51,16 +52,17 @@ class TransferRecording:
             self._lines = runs.Lines(self.folder)
         return self
 
-    def take(self, number: int, loss: float | None, accuracy: float | None, sent: tuple[int, int]) -> None:
+    def take(self, number: int, loss: float | None, score: Score, sent: tuple[int, int]) -> None:
         """Write one iteration's line.
 
+        loss: that is minimised, before the iteration. score: of both nets after it.
         sent: bytes so far, from A to B and from B to A.
         """
         now = time.monotonic()
         record = RoundRecord(
             round=number,
-            loss=loss,
-            accuracy=accuracy,
+            loss=score.loss,
+            accuracy=score.accuracy,
             train_loss=loss,
             clients=2,
             seconds=now - self._before,
@@ -76,7 +78,7 @@ class TransferRecording:
     def finish(self, nets: Mapping[str, Params], result: Mapping[str, Any], accuracy: float | None) -> None:
         """Write the nets, and keep what came out for the summary.
 
-        accuracy: of the labels that B got by the protocol itself.
+        accuracy: of the labels that party B got by the protocol itself.
         """
         self._result = dict(result)
         if accuracy is not None:
@@ -105,7 +107,9 @@ class TransferRecording:
     def _write(self, status: Status, error: str | None = None) -> None:
         found = summarize(self.rounds, self.initial, planned=self.planned, target=self.target)
         result = dict(self._result)
-        found["accuracy"] = result.pop("accuracy", found["accuracy"])
+        if "accuracy" in result:
+            last = Metrics(len(self.rounds), found["loss"], result.pop("accuracy"))
+            found |= {"accuracy": last.accuracy, "final": vars(last), "best": found["best"] or vars(last)}
         content = {
             "format": runs.FORMAT,
             **{key: self.facts[key] for key in ("name", "kind")},

@@ -1,6 +1,7 @@
 """Run a transfer: both parties in this process, or one of them here and the other elsewhere."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from fedsim.records import Params, RoundRecord
 from fedsim.summary import Metrics
 from fedsim.transfer.agreement import Agreed, Party
 from fedsim.transfer.channel import Channel
+from fedsim.transfer.links import Link
 from fedsim.transfer.multiplication import Multiplication
 from fedsim.transfer.party import Outcome, take_part
 from fedsim.transfer.protocols import multiplications
-from fedsim.transfer.scoring import Scorer, accuracy
+from fedsim.transfer.scoring import Score, Scorer, accuracy
 from fedsim.transfer.terms import Role
 from fedsim.transfer.together import Ends, Iteration, run_together
 
@@ -42,8 +44,11 @@ def run(
     on_start: Callable[[Path, Pair], None],
     on_round: OnRound,
     progress: build.Progress,
+    new: Callable[[Config, Path, str], Path] = new_folder,
 ) -> Path:
     """Run both parties of a checked config: the run folder.
+
+    new: makes it, from the config, where that lies, and who runs what.
 
     Raises:
         ConfigError, DataError: nothing was written.
@@ -51,24 +56,36 @@ def run(
     """
     found, agreed = parties.sides(config, progress), parties.agreed(config)
     a, b = parties.party(config, "a", found), parties.party(config, "b", found)
-    scorer = Scorer(a, b, found.held_out)
+    scorer = Scorer(a, b, found.held_out, agreed.loss)
     every = config.train.eval_every
-    with multiplications(agreed) as ends:
-        folder = new_folder(config, beside, "both parties in one process")
-        first = Metrics(0, None, scorer(a.params, b.params))
+    with multiplications(agreed) as ends, _links(config) as links:
+        folder = new(config, beside, "flower" if links else "both parties in one process")
+        first = Metrics(0, *scorer(a.params, b.params))
         recorder = _recorder(config, agreed, folder, [a, b], first=first, on_round=on_round)
         with runs.locked(folder), recorder as recording:
 
             def take(it: Iteration) -> None:
                 due = it.number % every == 0 or it.number == agreed.iterations
-                measured = scorer(it.a, it.b) if due else None
-                recording.take(it.number, it.loss, measured, (it.sent_a, it.sent_b))
+                score = scorer(it.a, it.b) if due else Score(None, None)
+                recording.take(it.number, it.loss, score, (it.sent_a, it.sent_b))
 
             on_start(folder, Pair(agreed.iterations))
-            done = run_together(a, b, agreed, ends, take)
+            done = run_together(a, b, agreed, ends, take, links=links)
             nets = {"a": done.a.params, "b": done.b.params}
             recording.finish(nets, _result(done, ends), _measured(done.b, found))
     return folder
+
+
+@contextlib.contextmanager
+def _links(config: Config) -> Iterator[tuple[Link, Link] | None]:
+    """What carries the messages: Flower's, where the config names it as engine; None: queues."""
+    if config.engine.name != "flower":
+        yield None
+        return
+    from fedsim.transfer.relayed import in_process  # noqa: PLC0415 -- flwr takes half a second to import
+
+    with in_process() as ends:
+        yield ends
 
 
 def run_party(
@@ -105,7 +122,7 @@ def run_party(
 
         def take(number: int, params: Params, loss: float | None) -> None:
             mine, theirs = sum(channel.sent.values()), sum(channel.received.values())
-            recording.take(number, loss, None, (mine, theirs) if role == "a" else (theirs, mine))
+            recording.take(number, loss, Score(None, None), (mine, theirs) if role == "a" else (theirs, mine))
 
         on_start(folder, Pair(agreed.iterations))
         done = take_part(party, agreed, channel, multiplication, take)

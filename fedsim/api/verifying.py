@@ -206,7 +206,7 @@ def _check(rounds: int | Literal["all"], overrides: Mapping[str, Any]) -> None:
 def _recorded(folder: runs.RunFolder) -> list[RoundRecord]:
     kind = folder.summary().get("kind", "federated")
     if kind != "federated":
-        what = "a Flower app" if kind == "flower-app" else f"a baseline ({kind})"
+        what = {"flower-app": "a Flower app", "transfer": "a transfer"}.get(kind, f"a baseline ({kind})")
         raise DataError(f"{folder.path}: {what} cannot be verified, only a federated run")
     recorded, path = folder.rounds(), folder.path / "rounds.jsonl"
     if not recorded:

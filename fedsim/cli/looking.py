@@ -31,7 +31,7 @@ def compare(
     folders: list[Path] = typer.Argument(metavar="RUN...", hidden=True),
     page: Path = typer.Option(Path("comparison.html"), help="Where the page goes.", show_default=False),
 ) -> None:
-    """Put runs side by side: a table, and overlaid curves on a page.
+    """Put runs side by side: a table, and curves on a page.
 
     RUN... are run folders. Runs that differ in nothing but the seed are averaged. The page goes to comparison.html
     unless --page says.

@@ -32,15 +32,17 @@ def transfer_party(
     insecure: bool = typer.Option(False, "--insecure", help="No TLS; loopback addresses only."),
     wait: float | None = typer.Option(None, help="Seconds to wait for the others.  [default: for ever]"),
 ) -> None:
-    """Be one party of a transfer, on this machine, and write this party's part of the run.
+    """Be one party of a transfer, on this machine.
 
-    CONFIG is a YAML file with a transfer section; KEY.PATH=VALUE replaces a value in it. What both parties need alike
+    CONFIG is a YAML file with a transfer section; KEY.PATH=VALUE replaces a value in it. A run folder with this
+    party's part is written. What both parties need alike
     is compared when they meet; model, optimizer, pruning and data may be each party's own.
     """
     from fedsim.cli import display
     from fedsim.cli.running import finish
     from fedsim.config.read import parse_overrides
     from fedsim.deploy import meeting
+    from fedsim.deploy.relaying import told
 
     options = _options(role, listen, connect, helper, certs, insecure, wait)
     console = display.console()
@@ -51,7 +53,7 @@ def transfer_party(
             options,
             lambda line: typer.echo(line, err=True),
             on_start=lambda run, pair: shows.begin(f"{run.config['name']}: party {role}", [], pair.rounds),
-            on_round=shows.round,
+            on_round=lambda record: typer.echo(told(record)),
             progress=shows.loading,
         )
     if done is not None:

@@ -65,6 +65,9 @@ def dataset(config: Config, progress: Progress = silent) -> Dataset:
     Raises:
         DataError: files are missing or damaged, or the data breaks a rule.
     """
+    if config.transfer is not None:
+        rule = "this is of federations of clients; fedsim run, sweep and transfer-party do a transfer"
+        raise ConfigError(f"transfer: {rule}")
     found = dataset_or_sides(config, progress)
     if isinstance(found, Sides):
         name = config.data.dataset.name

@@ -193,6 +193,8 @@ def _started(net: Net, params: Params, folder: Path) -> Params:
         raise DataError(f"transfer.source_run: {folder} is not finished")
     found = run.model()
     body = [name for name in params if name not in net.head_names]
+    if not body:
+        raise ConfigError("transfer.source_run: needs a model with layers before the last, which starts anew")
     for name in body:
         if name not in found or found[name].shape != params[name].shape:
             has = f"shape {tuple(found[name].shape)}" if name in found else "no such parameter"

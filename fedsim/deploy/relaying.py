@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from flwr.app import RecordDict
 
+from fedsim import runs
 from fedsim.api import folders, transferring
 from fedsim.config import load as config_files
 from fedsim.config import parties
@@ -152,9 +153,6 @@ def _party(config: Config, path: Path, role: Role, mailbox: Mailbox, *, helped: 
     link = SealedLink(mailbox.link(peer), role == "a")
     helper = SealedLink(mailbox.link("helper"), True) if helped else None
 
-    def told(record: RoundRecord) -> None:
-        say(f"iteration {record.round}" + ("" if record.loss is None else f": loss {record.loss:.4f}"))
-
     def act() -> None:
         channel = Channel(link, f"party {peer}")
         at_helper = None if helper is None else Channel(helper, "the helper")
@@ -167,16 +165,27 @@ def _party(config: Config, path: Path, role: Role, mailbox: Mailbox, *, helped: 
                     multiplication,
                     beside=folders.folder_of(path),
                     on_start=folders.ignore,
-                    on_round=told,
+                    on_round=lambda record: say(told(record)),
                     prepared=prepared,
                 )
-            say(f"finished: {folder}")
+            say(f"finished: {folder}{_accuracy(folder)}")
         finally:
             for one in (channel, at_helper):
                 if one is not None:
                     one.close()
 
     return act
+
+
+def told(record: RoundRecord) -> str:
+    """A line of an iteration at one party; the loss is known at A."""
+    loss = "" if record.train_loss is None else f"  loss {record.train_loss:.4f}"
+    return f"iteration {record.round}{loss}  {record.seconds:.2f} s"
+
+
+def _accuracy(folder: Path) -> str:
+    found = runs.open_run(folder).summary().get("accuracy")
+    return "" if found is None else f", accuracy {100 * found:.2f} %"
 
 
 def _helper(mailbox: Mailbox, roles: tuple[str, ...]) -> Callable[[], None]:

@@ -18,6 +18,7 @@ from fedsim.report.numbers import ABSENT, duration, number, percent, size
 from fedsim.report.page import leaves, render
 from fedsim.report.pruning import pruning
 from fedsim.report.results import Point, Results, results
+from fedsim.report.transfer import NOTE, transfer
 
 BASELINES = {
     "centralised": "Baseline: all data in one place.",
@@ -55,13 +56,17 @@ def page(run: runs.RunFolder) -> bytes:
     """The page of a run; the same folder content gives the same bytes."""
     found, evaluations, facts, config = results(run), run.clients(), run.split(), run.config()
     summary = run.summary()
-    parts = [
-        sections.learning(found),
-        _pruning(run, found, config, summary),
-        sections.clients(evaluations, found.kind),
-        sections.split(facts, evaluations),
-        sections.rounds(found),
-    ]
+    parts: list[sections.Section | None]
+    if found.kind == "transfer":
+        parts = [sections.learning(found), transfer(summary), sections.rounds(found)]
+    else:
+        parts = [
+            sections.learning(found),
+            _pruning(run, found, config, summary),
+            sections.clients(evaluations, found.kind),
+            sections.split(facts, evaluations),
+            sections.rounds(found),
+        ]
     return render(
         "report.html",
         title=found.name,
@@ -97,6 +102,8 @@ def _model(run: runs.RunFolder) -> Params | None:
 
 def _note(kind: str, summary: Mapping[str, Any]) -> str:
     """What must be known of a run that is not an ordinary one."""
+    if kind == "transfer":
+        return NOTE
     if kind != "flower-app":
         return BASELINES.get(kind, "")
     missing = summary.get("not_seen") or []
@@ -111,6 +118,9 @@ def _about(config: Mapping[str, Any]) -> list[tuple[str, str]]:
         "split": data.get("split"),
         **{key: config.get(key) for key in ("model", "strategy", "engine")},
     }
+    if isinstance(config.get("transfer"), Mapping):
+        named = {"dataset": data.get("dataset"), "model": config.get("model")}
+        named["protocol"] = config["transfer"].get("protocol")
     names = {key: value.get("name") if isinstance(value, Mapping) else value for key, value in named.items()}
     return [(key, str(name)) for key, name in names.items() if name]
 
@@ -130,10 +140,18 @@ def _tiles(found: Results, facts: Mapping[str, Any], config: Mapping[str, Any]) 
     if found.target is not None:
         reached = "not reached" if found.rounds_to_target is None else number(found.rounds_to_target)
         tiles.append(Tile(f"Rounds to {percent(found.target, None)}", reached, "", found.rounds_to_target))
+    if found.kind == "transfer":
+        tiles += [
+            Tile("Sent by A", size(found.bytes_up), "to party B", found.bytes_up),
+            Tile("Sent by B", size(found.bytes_down), "to party A", found.bytes_down),
+        ]
+    else:
+        tiles += [
+            Tile("Clients", number(clients), f"{cohort} in a round" if cohort else "", clients),
+            Tile("Sent up", size(found.bytes_up), "clients to server", found.bytes_up),
+            Tile("Sent down", size(found.bytes_down), "server to clients", found.bytes_down),
+        ]
     tiles += [
-        Tile("Clients", number(clients), f"{cohort} in a round" if cohort else "", clients),
-        Tile("Sent up", size(found.bytes_up), "clients to server", found.bytes_up),
-        Tile("Sent down", size(found.bytes_down), "server to clients", found.bytes_down),
         Tile("Wall time", duration(found.seconds), "", found.seconds),
     ]
     if found.sparsity is not None:

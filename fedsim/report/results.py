@@ -77,7 +77,7 @@ def results(run: RunFolder) -> Results:
     train = config.get("train") or {}
     target, first = train.get("target_accuracy"), summary.get("initial")
     initial = Metrics(0, first.get("loss"), first.get("accuracy")) if first else None
-    found = summarize(rounds, initial, planned=train.get("rounds") or summary.get("rounds") or 0, target=target)
+    found = summarize(rounds, initial, planned=_planned(config, summary), target=target)
     return Results(
         name=str(config.get("name") or run.path.name),
         kind=str(summary.get("kind") or "federated"),  # older folders do not say
@@ -96,6 +96,12 @@ def results(run: RunFolder) -> Results:
         seconds=found["totals"]["seconds"],
         error=summary.get("error"),
     )
+
+
+def _planned(config: Mapping[str, Any], summary: Mapping[str, Any]) -> int:
+    """Rounds, or iterations of a transfer, that were asked for."""
+    transfer = config.get("transfer") or {}
+    return transfer.get("iterations") or (config.get("train") or {}).get("rounds") or summary.get("rounds") or 0
 
 
 def _point(facts: Mapping[str, Any] | None) -> Point:

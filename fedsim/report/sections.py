@@ -45,6 +45,8 @@ def learning(found: Results) -> Section:
         charts.append(curve_chart("Privacy spent by round", [spent], x="round", y="epsilon"))
     skipped = sum(len(r.skipped) for r in found.rounds)
     lead = "Loss and accuracy are those of the global model on held-out examples."
+    if found.kind == "transfer":
+        lead = "Held-out loss and accuracy are of both nets on rows whose labels only a simulation knows, or party B."
     if found.kind == "alone":
         lead = "Loss and accuracy are means over the clients' own models, each on the held-out examples of all."
     if skipped:

@@ -49,6 +49,8 @@ class Learner:
         """The gradient by differentiating the whole loss, of which the other party's values are constants."""
         data, role = self.data, self.party.role
         hidden = ahead.hidden.values[: data.overlap]
+        if not bool(torch.isfinite(hidden).all() & torch.isfinite(ahead.own)):
+            raise TransferError("training diverged: a hidden value is not finite; lower train.optimizer.lr")
         count, size = hidden.shape
         if role == "a":
             assert ahead.phi is not None and data.labels is not None

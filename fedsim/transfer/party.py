@@ -21,7 +21,7 @@ from fedsim.transfer.multiplication import Multiplication, swap
 from fedsim.transfer.prediction import predict
 from fedsim.transfer.terms import Plan, Role
 
-MOST_ENTRIES = 200_000_000  # of the coefficients of one product
+MOST_ENTRIES = {"paillier": 10_000_000, "secret-sharing": 50_000_000}  # of the coefficients of one product
 OnIteration = Callable[[int, Params, float | None], None]  # iteration, parameters, loss (at A)
 
 
@@ -123,7 +123,8 @@ def _plans(party: Party, agreed: Agreed, data: step.Rows, channel: Channel) -> t
     own = terms.plan(party.role, data.overlap, agreed.hidden, head, body)
     other = terms.plan(other_role, data.overlap, agreed.hidden, int(sizes[0]), int(sizes[1]))  # type: ignore[arg-type]
     for plan, whose in ((own, "this party"), (other, channel.peer)):
-        if max(math.prod(product.shape[:3]) for product in plan.products) > MOST_ENTRIES:
+        entries = max(math.prod(product.shape[:3]) for product in plan.products)
+        if entries > MOST_ENTRIES.get(agreed.protocol, entries):
             rule = (
                 f"{plan.body} parameters before the last layer, times {agreed.hidden} hidden values, times the overlap"
             )

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,26 +11,35 @@ from fedsim.data.sides import Table
 from fedsim.records import Params
 from fedsim.transfer.agreement import Party
 from fedsim.transfer.nets import rows
-from fedsim.transfer.objective import predictor
+from fedsim.transfer.objective import Form, label_loss, predictor
+
+
+class Score(NamedTuple):
+    """loss: of labels, mean, as it is in training. accuracy: in [0, 1]. None where no row has a label."""
+
+    loss: float | None
+    accuracy: float | None
 
 
 class Scorer:
-    """Accuracy of both nets on B's held-out rows; None where there are none with labels."""
+    """How both nets do on B's held-out rows."""
 
-    def __init__(self, a: Party, b: Party, held_out: Table | None) -> None:
+    def __init__(self, a: Party, b: Party, held_out: Table | None, form: Form) -> None:
         # copies of the templates, since the parties' own are in use at the same time
         self._a, self._b = (replace(party.net, model=copy.deepcopy(party.net.model)) for party in (a, b))
-        self._inputs, self._labels, self._held_out = a.inputs, a.labels, held_out
+        self._inputs, self._labels, self._held_out, self._form = a.inputs, a.labels, held_out, form
 
     @torch.no_grad()
-    def __call__(self, a: Params, b: Params) -> float | None:
-        """Share of rows whose label the sign of the score gives, in [0, 1]."""
+    def __call__(self, a: Params, b: Params) -> Score:
+        """Of these parameters; a label is predicted by the sign of its score."""
         if self._held_out is None or self._held_out.labels is None or not len(self._held_out.labels):
-            return None
+            return Score(None, None)
         assert self._labels is not None
         phi = predictor(rows(self._a, a, self._inputs, key=None).values, self._labels)
         scores = rows(self._b, b, self._held_out.inputs.double(), key=None).values @ phi
-        return accuracy(torch.where(scores > 0, 1.0, -1.0), self._held_out.labels)
+        labels = self._held_out.labels.double()
+        loss = float(label_loss(scores, labels, self._form))
+        return Score(loss, accuracy(torch.where(scores > 0, 1.0, -1.0), labels))
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
