@@ -2,11 +2,12 @@
 
 Two linear nets on 15 + 15 random columns with 16 hidden values train on 500 common rows, all labelled; party A has 69
 more. `phe` uses gmpy2. Its iteration (algorithm_1.py) takes most of an hour, so it runs on 10 common rows, end to end,
-while every operation is counted and timed. From that its seconds are scaled: the mean seconds of each kind of operation,
-the better of two runs, times how many there are with 500 rows, by a formula that must give what was counted with 10.
-What python does between operations is left out, and so is sending. Gradients and loss of the 10 rows must be fedsim's,
-under Paillier and in the clear. `phe` has no processes of its own: one core does the work of both parties, one after the other. fedsim is timed
-in one process, too, in which both parties take turns on one core, and with a process for each core at either party.
+while every operation is counted and timed. Its seconds are scaled from that: the mean of each kind of operation, the
+better of two runs, times how many there are with 500 rows, by a formula that must give what was counted with 10. What
+python does between operations is left out, and so is sending. Gradients and loss of the 10 rows must be fedsim's, under
+Paillier and in the clear. `phe` has no processes of its own: one core does the work of both parties, one after the
+other. fedsim is timed in one process, too, in which both parties take turns on one core, and with a process for each
+core at either party.
 
 Run in an environment with requirements/paillier.txt: python transfer.py [--quick] [--ids N ...] [--out FILE]
 """

@@ -15,7 +15,7 @@ plaintext. *Differs*: matrices, each whole at one party, so there is one cross t
 
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -134,16 +134,13 @@ def opened(key: PrivateKey, right: Right, answer: bytes, *, pool: Pool = _HERE) 
     batch, cells = right.batch, cells_of(right.batch, key.public.bits)
     sizes = [math.prod(result_shape(shape)) for shape in batch.shapes]
     several, total = cells.several(key.public.bits), cells.count(sum(sizes))
-    plain = ciphertexts.opened(key, answer, math.ceil(total / several), pool=pool)
-    wide, used = key.public.bits // 8, cells.slot * cells.size
-    rows: list[list[int]] = []
+    plain, wide = ciphertexts.opened(key, answer, math.ceil(total / several), pool=pool), key.public.bits // 8
+    found: list[int] = []
     for number in range(math.ceil(total / several)):
-        value, held = mpz.from_bytes(plain[number * wide : (number + 1) * wide], "big"), min(several, total - len(rows))
-        if value.bit_length() > held * used:
-            raise TransferError("a masked product that is too large")
-        digits = list(_split(value, cells.slot, held * cells.size))
-        rows += [digits[at : at + cells.size] for at in range(0, len(digits), cells.size)]
-    elements = np.array(rows, np.uint64).reshape(-1, cells.run * cells.size)[:, : cells.width].ravel()
+        held = min(several, total - number * several)
+        value = mpz.from_bytes(plain[number * wide : (number + 1) * wide], "big")
+        found += _split(value, cells.slot, held * cells.size)
+    elements = np.array(found, np.uint64).reshape(-1, cells.run * cells.size)[:, : cells.width].ravel()
     parts = np.split(elements, np.cumsum(sizes)[:-1])
     shaped = (part.reshape(result_shape(shape)) for part, shape in zip(parts, batch.shapes, strict=True))
     return Right(batch, right.seed, tuple(shaped))
@@ -162,10 +159,11 @@ def _joined(values: Sequence[int], slot: int) -> mpz:
     return sum((mpz(value) << slot * place for place, value in enumerate(values)), mpz(0))
 
 
-def _split(value: mpz, slot: int, count: int) -> Iterator[int]:
+def _split(value: mpz, slot: int, count: int) -> list[int]:
     """What the slots hold, mod 2^64."""
-    for place in range(count):
-        yield int((value >> slot * place) & (2**_ELEMENT_BITS - 1))
+    if value.bit_length() > slot * count:
+        raise TransferError(f"a masked product of {value.bit_length()} bits, at most {slot * count}")
+    return [int((value >> slot * place) & (2**_ELEMENT_BITS - 1)) for place in range(count)]
 
 
 def _mask(f_left: Sequence[int], cells: Cells) -> mpz:

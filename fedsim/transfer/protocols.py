@@ -36,10 +36,15 @@ def multiplication_of(agreed: Agreed, helper: Channel | None) -> Iterator[Multip
         yield SecretSharing(Helped(helper))
     else:
         from fedsim.transfer.encrypted import Paillier  # noqa: PLC0415  needs gmpy2
+        from fedsim.transfer.made import Made  # noqa: PLC0415
         from fedsim.transfer.pool import Pool  # noqa: PLC0415
 
+        insecure = agreed.key_bits < 2048  # which a config allows only where it says so
         with Pool(workers()) as pool:
-            yield Paillier(agreed.key_bits, insecure=agreed.key_bits < 2048, pool=pool)
+            if agreed.protocol == "secret-sharing":
+                yield SecretSharing(Made(agreed.key_bits, insecure=insecure, pool=pool))
+            else:
+                yield Paillier(agreed.key_bits, insecure=insecure, pool=pool)
 
 
 @contextlib.contextmanager

@@ -21,11 +21,14 @@ multiplications for its cross terms; here one party knows each factor whole, so 
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fedsim.transfer import ring
 from fedsim.transfer.fixed import Integers
 from fedsim.transfer.ring import Ring
-from fedsim.transfer.terms import Shape
+
+if TYPE_CHECKING:
+    from fedsim.transfer.terms import Shape  # imports torch, which processes that only multiply should not wait for
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Batch:
         ValueError: there is none, a size is below 1, or they do not read equally many elements.
     """
 
-    shapes: tuple[Shape, ...]
+    shapes: "tuple[Shape, ...]"
 
     def __post_init__(self) -> None:
         for shape in self.shapes:
@@ -83,17 +86,17 @@ class Right:
         return ring.expand(self.seed, "E", (self.batch.size,))
 
 
-def left_shape(shape: Shape) -> tuple[int, int, int]:
+def left_shape(shape: "Shape") -> tuple[int, int, int]:
     """Of coefficients."""
     return shape.batches, shape.rows, shape.terms
 
 
-def right_shape(shape: Shape) -> tuple[int, int, int]:
+def right_shape(shape: "Shape") -> tuple[int, int, int]:
     """Of secrets as the product reads them."""
     return shape.batches, shape.terms, shape.columns
 
 
-def result_shape(shape: Shape) -> tuple[int, int, int]:
+def result_shape(shape: "Shape") -> tuple[int, int, int]:
     """Of the product."""
     return shape.batches, shape.rows, shape.columns
 
