@@ -48,7 +48,8 @@ AGREED = Agreed(
 
 def party(role: Role, kind: str = "linear", seed: int = 0, *, hidden: int = 5, **changes: Any) -> Party:
     """Party a: 6 columns, 12 + 8 rows; party b: 9 columns, 12 + 3 rows, and 9 that it asks about."""
-    name, given, only_head = NETS[kind]
+    found: Any = NETS[kind]
+    name, given, only_head = found
     key = rng.fold(seed, "party", role, kind)
     with rng.torch_seeded(key):
         model = MODELS[name]((WIDTHS[role],), hidden, **given)
@@ -124,7 +125,8 @@ def multiplications(agreed: Agreed) -> Iterator[tuple[Multiplication, Multiplica
 
 def transfer(a: Party, b: Party, agreed: Agreed, *, links: tuple[Link, Link] | None = None) -> Done:
     """Run it to its end."""
-    heard, iterations = (Heard(), Heard()), []
+    heard = Heard(), Heard()
+    iterations: list[Iteration] = []
     with multiplications(agreed) as ends:
         done = run_together(a, b, agreed, ends, iterations.append, records=heard, links=links)
         counted = ends[0].describe(), ends[1].describe()
@@ -169,9 +171,9 @@ def both(
 class Watched:
     """An optimizer that keeps every gradient it is given."""
 
-    def __init__(self, lr: float = 0.1) -> None:
+    def __init__(self, lr: float = 0.1, momentum: float = 0.0) -> None:
         self.gradients: list[Params] = []
-        self._inner = sgd(lr=lr)
+        self._inner = sgd(lr=lr, momentum=momentum)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -193,5 +195,3 @@ def furthest(one: Params, other: Params) -> float:
     """The largest difference of an entry."""
     assert one.keys() == other.keys()
     return max(float((tensor - other[name]).abs().max()) for name, tensor in one.items())
-
-

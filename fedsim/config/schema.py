@@ -212,6 +212,8 @@ def _transfer_problems(get: Callable[[str], Any]) -> list[str]:
         problems.append(f"transfer.labelled: must be <= transfer.overlap ({overlap}), got {labelled}")
     if get("transfer.alignment") == "inner-product" and get("transfer.l2") == 0 and get("transfer.gamma") != 0:
         problems.append("transfer.l2: must be > 0 with alignment: inner-product, which grows without limit, got 0")
+    if get("engine.name") not in ("local", "flower", None):
+        problems.append(f"engine.name: must be local or flower in a transfer, got {get('engine.name')}")
     for key, default in _UNUSED:
         if get(key) not in (default, None):
             problems.append(f"{key}: has no meaning in a transfer, which has two parties and no clients")

@@ -20,7 +20,7 @@ from fedsim.deploy.party_certificates import PartyFiles, name_of, names_in
 from fedsim.deploy.refusals import Refusals, Say, plain
 from fedsim.errors import ConfigError, DataError, TransferError
 from fedsim.transfer.channel import Channel, facts, of_facts
-from fedsim.transfer.links import TIMEOUT_S, SocketLink
+from fedsim.transfer.links import GONE, TIMEOUT_S, SocketLink
 
 HANDSHAKE_S = 10.0  # for TLS, and again for what each says of itself
 CONNECT_S = 10.0
@@ -250,9 +250,9 @@ def _words(error: Exception, cause: BaseException | None) -> str:
         return _REASONS.get(cause.reason or "", f"no TLS connection, {cause.reason or cause}")
     if isinstance(cause, TimeoutError):
         return f"it did not say who it is within {HANDSHAKE_S:g} s"
-    if isinstance(error, TransferError):
-        return str(error).removeprefix("it: ")
-    return "the connection was closed during the handshake"
+    if isinstance(error, OSError) or str(error) == f"it: {GONE}":
+        return "it closed the connection before it said who it is; do both have certificates, or neither?"
+    return str(error).removeprefix("it: ")
 
 
 def _drained(connection: socket.socket) -> None:

@@ -20,6 +20,7 @@ from fedsim.deploy.refusals import Say
 from fedsim.deploy.superlink import superlink
 from fedsim.errors import ConfigError, RunError
 from fedsim.records import RoundRecord
+from fedsim.report import report
 from fedsim.transfer.channel import Channel
 from fedsim.transfer.links import SealedLink
 from fedsim.transfer.protocols import multiplication_of
@@ -168,7 +169,7 @@ def _party(config: Config, path: Path, role: Role, mailbox: Mailbox, *, helped: 
                     on_round=lambda record: say(told(record)),
                     prepared=prepared,
                 )
-            say(f"finished: {folder}{_accuracy(folder)}")
+            say(f"finished: {report.write(folder)}{_accuracy(folder)}")
         finally:
             for one in (channel, at_helper):
                 if one is not None:

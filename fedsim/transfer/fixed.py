@@ -65,7 +65,7 @@ def encode_coefficients(values: Reals) -> Coefficients:
         raise TransferError(f"overflow: coefficients of a gradient {rule}; a smaller train.optimizer.lr helps")
     slack = values.shape[-1] / 2  # what rounding may add to a row
     room = 2.0**_COEFFICIENT_BITS - slack
-    fraction = _COEFFICIENT_BITS if longest == 0 else min(math.floor(math.log2(room / longest)), 52)
+    fraction = min(math.floor(math.log2(room / max(longest, 2.0**-_COEFFICIENT_BITS))), 52)
     return Coefficients(np.rint(np.ldexp(values, fraction)).astype(np.int64), fraction)
 
 

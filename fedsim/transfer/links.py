@@ -20,7 +20,7 @@ from fedsim.transfer import frames
 
 TIMEOUT_S = 600.0
 _PIECE = 2**18  # bytes that a socket is asked for, or given, at once
-_GONE = "the peer is gone"
+GONE = "the peer is gone"
 
 
 class Link(Protocol):
@@ -52,7 +52,7 @@ class _QueueLink:
 
     def put(self, frame: bytes) -> None:
         if self._closed.is_set():
-            raise TransferError(_GONE)
+            raise TransferError(GONE)
         self._outbox.put(frame)
 
     def take(self, timeout_s: float) -> bytes:
@@ -62,7 +62,7 @@ class _QueueLink:
             raise TransferError(f"no message within {timeout_s:g} s") from error
         if found is None:
             self._inbox.put(None)  # for the next one who asks
-            raise TransferError(_GONE)
+            raise TransferError(GONE)
         return found
 
     def close(self) -> None:
@@ -115,7 +115,7 @@ class SocketLink:
 
     def close(self) -> None:
         """End the connection."""
-        self._broken = self._broken or _GONE
+        self._broken = self._broken or GONE
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits
         with contextlib.suppress(OSError):
@@ -131,7 +131,7 @@ class SocketLink:
             self._socket.settimeout(_left(deadline))
             piece = self._socket.recv(min(size - len(found), _PIECE))
             if not piece:
-                raise TransferError("the connection ended in the middle of a message" if found else _GONE)
+                raise TransferError("the connection ended in the middle of a message" if found else GONE)
             found += piece
 
 
@@ -150,7 +150,7 @@ def _told(timeout_s: float, what: str) -> Iterator[None]:
         raise TransferError(f"{what} within {timeout_s:g} s") from error
     except OSError as error:  # ssl.SSLError is among them
         reason = f": {error.reason}" if isinstance(error, ssl.SSLError) and error.reason else ""
-        raise TransferError(_GONE + reason) from error
+        raise TransferError(GONE + reason) from error
 
 
 # ---------------------------------------------------------------- encrypted, over any link

@@ -19,9 +19,11 @@ from fedsim.transfer.channel import Channel, facts, of_facts
 from fedsim.transfer.learner import Learner
 from fedsim.transfer.multiplication import Multiplication, swap
 from fedsim.transfer.prediction import predict
+from fedsim.transfer.protocols import workers
 from fedsim.transfer.terms import Plan, Role
 
 MOST_ENTRIES = {"paillier": 10_000_000, "secret-sharing": 50_000_000}  # of the coefficients of one product
+MANY_IDS = 50_000
 OnIteration = Callable[[int, Params, float | None], None]  # iteration, parameters, loss (at A)
 
 
@@ -93,20 +95,24 @@ def _agree(party: Party, agreed: Agreed, channel: Channel) -> None:
 
 def _aligned(party: Party, agreed: Agreed, channel: Channel) -> step.Rows:
     """The party's rows of training, those of common people first, in the order that both have."""
-    find = disclosed if agreed.protocol == "plain" else intersect
-    common = find(channel, party.ids, first=party.role == "a")
+    first = party.role == "a"
+    if agreed.protocol == "plain":
+        common = disclosed(channel, party.ids, first=first)
+    else:
+        several = workers() if len(party.ids) > MANY_IDS else 1  # processes take a while to start
+        common = intersect(channel, party.ids, first=first, workers=several)
     count = len(common) if agreed.overlap is None else agreed.overlap
     if not 1 <= count <= len(common):
         raise TransferError(f"transfer.overlap: must be at most the number of common ids ({len(common)}), got {count}")
     labelled = count if agreed.labelled is None else agreed.labelled
     if not 1 <= labelled <= count:
         raise TransferError(f"transfer.labelled: must be at most the overlap ({count}), got {labelled}")
-    first = torch.tensor(common[:count])
+    shared = torch.tensor(common[:count])
     if party.labels is None:
-        return step.Rows(party.inputs[first], count, labelled)
+        return step.Rows(party.inputs[shared], count, labelled)
     rest = torch.ones(len(party.inputs), dtype=torch.bool)
-    rest[first] = False
-    order = torch.cat([first, rest.nonzero()[:, 0]])
+    rest[shared] = False
+    order = torch.cat([shared, rest.nonzero()[:, 0]])
     return step.Rows(party.inputs[order], count, labelled, party.labels[order])
 
 

@@ -17,13 +17,12 @@ from flwr.clientapp import ClientApp
 from fedsim.engines.flower.grid import InProcessGrid
 from fedsim.engines.flower.process import quiet_log, task_identity
 from fedsim.errors import RunError, TransferError
-from fedsim.transfer.links import Link, SealedLink
+from fedsim.transfer.links import GONE, Link, SealedLink
 
 PASS = "query.party"  # type of messages
 _RECORD = "fedsim.party"
 REPLY_S = 20.0  # a party that still calculates says so, so that nobody takes it for dead
 AT_ONCE_S = 0.02  # in one process nodes take turns, and one may wait for what another has to do first
-_GONE = "the peer is gone"
 
 Frames = list[tuple[str, bytes]]  # whom a frame is for, or who sent it
 Exchange = Callable[[Mapping[int, RecordDict]], Mapping[int, RecordDict]]  # by node
@@ -71,7 +70,7 @@ class Mailbox:
     def _put(self, peer: str, frame: bytes) -> None:
         with self._changed:
             if peer in self._closed:
-                raise TransferError(_GONE)
+                raise TransferError(GONE)
             self._out.append((peer, frame))
 
     def _take(self, peer: str, timeout_s: float) -> bytes:
@@ -79,7 +78,7 @@ class Mailbox:
         with self._changed:
             while not self._in[peer]:
                 if peer in self._closed:
-                    raise TransferError(_GONE)
+                    raise TransferError(GONE)
                 self._waiting = True
                 self._changed.notify_all()
                 if not self._changed.wait(max(end - time.monotonic(), 0)) and time.monotonic() >= end:

@@ -104,8 +104,9 @@ def expand(seed: bytes, label: str, shape: tuple[int, ...]) -> Ring:
 def matmul(x: Ring, y: Ring) -> Ring:
     """``x @ y mod 2^64``.
 
-    Large products go by limbs through the floating-point BLAS. Where elements are used fewer than 16 times, or there
-    are fewer than 2^18 multiplications, taking them apart costs more than numpy's own loop over integers.
+    Large products go by limbs through the floating-point BLAS. Where elements are used fewer than 64 times, taking them
+    apart costs about as much as numpy's own loop over integers; and below 2^24 multiplications the threads of the BLAS
+    may cost far more than they save, when several parties share the cores.
 
     Args:
         x: (..., r, c). y: (..., c, s), with the same leading axes.
@@ -121,7 +122,7 @@ def matmul(x: Ring, y: Ring) -> Ring:
     if x.ndim < 2 or x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-2]:
         raise ValueError(f"shapes must be (..., r, c) and (..., c, s), got {x.shape} and {y.shape}")
     rows, terms, columns = *x.shape[-2:], y.shape[-1]
-    if min(rows, columns) < 16 or rows * terms * columns < 2**18:
+    if min(rows, columns) < 64 or rows * terms * columns < 2**24:
         return x @ y
     return by_limbs(x, y)
 

@@ -12,7 +12,8 @@ One linear layer at either party, 15 columns each, half of the common people lab
 are the least of ten iterations of one run (median in brackets, and where the bars of the plot end), after a first one
 with the making of keys, of both parties together in one process on a machine with 2 cores. Runs were made one after
 the other; the machine's load when they began was {load} (`--costs` measures them anew). Triples are dealt by a helper
-in the same process: offline; online and offline are means. MB: both ways together.
+in the same process, or made by the two parties by Paillier with keys of 2048 bits: offline. Online and offline are
+means over all iterations (offline with the making of keys). MB: both ways together.
 """
 COUNTS = """### Ciphertexts
 
@@ -33,7 +34,9 @@ def told(rows: Sequence[Row]) -> str:
 
 
 def _name(row: Row) -> str:
-    return f"paillier, {row['key_bits']} bits" if row["protocol"] == "paillier" else str(row["protocol"])
+    if row["protocol"] == "paillier":
+        return f"paillier, {row['key_bits']} bits"
+    return str(row["protocol"]) + (", triples of the two" if row["triples"] == "paillier" else "")
 
 
 def _net(row: Row) -> str:
@@ -46,6 +49,7 @@ def _table(rows: Sequence[Row]) -> str:
     for row in rows:
         seconds = f"{_short(row['seconds'])} ({_short(row['median'])})"
         parts = [_short(row[part]) if part in row else "" for part in ("online", "offline")]
+        parts[1] += f", {row['beforehand'] / 1e6:.3f} MB" if row["triples"] == "paillier" else ""
         megabytes = f"{(row['up'] + row['down']) / 1e6:.3f}"
         cells = [_name(row), _net(row), row["overlap"], row["hidden"], seconds, *parts, megabytes, _short(row["first"])]
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -91,7 +95,7 @@ def _claims(rows: Sequence[Row]) -> str:
 
 
 def _asked(rows: Sequence[Row]) -> list[tuple[str, list[float], Callable[[float], bool]]]:
-    linear = {_key(row): row for row in rows if row["trains"] == "linear"}
+    linear = {_key(row): row for row in rows if row["trains"] == "linear" and row["triples"] == "helper"}
 
     def ratios(top: Callable[[Row], float], below: str, bottom: str, bits: int = 2048) -> list[float]:
         """Of Paillier to secret sharing, for every overlap at 16 hidden values."""

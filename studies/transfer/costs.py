@@ -16,13 +16,14 @@ WIDTH = 15 + 1  # columns of either party, and one for the bias
 
 
 class Cell(NamedTuple):
-    """What is measured. trains: a linear layer, or all of a small net."""
+    """What is measured. trains: a linear layer, or all of a small net. triples: who makes them."""
 
     protocol: str
     overlap: int = 100
     hidden: int = 16
     key_bits: int = 2048
     trains: str = "linear"
+    triples: str = "helper"
 
 
 PROTOCOLS = ("plain", "secret-sharing", "paillier")
@@ -33,6 +34,7 @@ CELLS = (
     *(Cell("paillier", overlap=count, key_bits=3072) for count in OVERLAPS),
     *(Cell("paillier", hidden=d, key_bits=3072) for d in HIDDEN if d != 16),
     *(Cell(protocol, overlap=50, hidden=4, trains="all") for protocol in PROTOCOLS),
+    *(Cell("secret-sharing", overlap=count, triples="paillier") for count in OVERLAPS),
 )
 FAST = (Cell("secret-sharing", 50, 4), Cell("paillier", 50, 4))
 
@@ -45,7 +47,7 @@ def measured(cell: Cell, out: Path) -> Row:
     """
     changes: dict[str, Any] = {"output": str(out), "transfer.protocol": cell.protocol, "transfer.hidden": cell.hidden}
     changes |= {"transfer.overlap": cell.overlap, "transfer.labelled": cell.overlap // 2}
-    changes |= {"transfer.key_bits": cell.key_bits}
+    changes |= {"transfer.key_bits": cell.key_bits, "transfer.triples": cell.triples}
     if cell.trains == "all":
         changes["model"] = {"name": "mlp", "hidden": [8]}
     before = os.getloadavg()[0]
@@ -69,6 +71,7 @@ def measured(cell: Cell, out: Path) -> Row:
     if cell.protocol == "secret-sharing":
         for part in ("online", "offline"):
             row[part] = max(told[f"counted_by_{role}"][f"{part}_seconds"] for role in "ab") / len(run.rounds)
+        row["beforehand"] = sum(told[f"sent_by_{role}"].get("factor", 0) for role in "ab") / len(run.rounds)
     return row
 
 

@@ -33,8 +33,8 @@ Accuracies are of `protocol: plain`, but in one table: the encrypted protocols c
 **Verdicts.** A claim is a difference in points between runs of the same seed, positive if it is as claimed; a margin
 that it allows for is added. It *holds* if a one-sided t-test over seeds excludes 0 at {level:.0%}, *does not hold
 here* if it excludes 0 the other way, and is *not distinguishable* otherwise. Of claims without any truth in them one in
-twenty would be found to hold: with {tests} tests, some of the verdicts are chance. The claims' directions are those of
-Liu et al. 2018, the margins are ours.
+twenty would be found to hold: with {tests} tests, some of the verdicts are chance. Claims about common people, labels
+and the Taylor loss go the way that readers of Liu et al. 2018 report; the others, and all margins, are ours.
 """
 LIMITS = """## Limits
 

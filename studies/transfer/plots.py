@@ -53,7 +53,7 @@ def _panels(rows: Sequence[Row], by: str, label: str, file: Path) -> None:
 def _costs(rows: Sequence[Row], file: Path) -> None:
     """Seconds and megabytes of an iteration against the overlap and the hidden values."""
     figure, axes = _grid(2, 2)
-    linear = [row for row in rows if row["trains"] == "linear"]
+    linear = [row for row in rows if row["trains"] == "linear" and row["triples"] == "helper"]
     kinds: dict[str, Pick] = {
         "plain": lambda row: row["protocol"] == "plain",
         "secret-sharing": lambda row: row["protocol"] == "secret-sharing",

@@ -23,6 +23,7 @@ import page
 import torch
 from experiments import EXPERIMENTS
 from tables import DATA, HERE, Place
+from threadpoolctl import threadpool_limits
 
 SEEDS = 5
 SHORT = {"transfer.iterations": 4}
@@ -32,6 +33,7 @@ Row = dict[str, Any]
 def done(experiment: str, data: str, seed: int, fast: bool, out: Path) -> tuple[list[Row], float]:
     """The rows of one experiment at one place, run now if they are not there, and the processor time they took."""
     torch.set_num_threads(1)
+    threadpool_limits(1)  # numpy's; several experiments run at a time
     name = f"{experiment}-{data}-{seed}"
     known = {"experiment": experiment, "data": data, "seed": seed}
 

@@ -38,7 +38,14 @@ def row(experiment="overlap", arm="20 labelled", seed=1, accuracy=0.5, **more):
 
 
 def cost(protocol, overlap, seconds, nets="x", **more):
-    known = {"experiment": "costs", "protocol": protocol, "overlap": overlap, "hidden": 16, "key_bits": 2048}
+    known = {
+        "experiment": "costs",
+        "protocol": protocol,
+        "overlap": overlap,
+        "hidden": 16,
+        "key_bits": 2048,
+        "triples": "helper",
+    }
     return {**known, "trains": "linear", "seconds": seconds, "nets": nets, **more}
 
 

@@ -155,10 +155,14 @@ def test_a_helper_that_deals_too_little_ends_both():
     links = [pair(), pair()]
     at_parties = [Channel(mine, "the helper", timeout_s=5) for mine, _ in links]
     at_helper = [
-        Channel(Tampered(theirs, changing("factor", lambda payload: payload[:-8])), "party")
-        for _, theirs in links
+        Channel(Tampered(theirs, changing("factor", lambda payload: payload[:-8])), "party") for _, theirs in links
     ]
-    thread = threading.Thread(target=lambda: pytest.raises(TransferError, help_both, *at_helper), daemon=True)
+
+    def help_until_told():
+        with pytest.raises(TransferError):
+            help_both(*at_helper)
+
+    thread = threading.Thread(target=help_until_told, daemon=True)
     thread.start()
     ends = tuple(SecretSharing(Helped(channel)) for channel in at_parties)
     found = both(party("a"), party("b"), SHARING, ends=ends)
@@ -430,7 +434,9 @@ FAILING = {
 
 @pytest.mark.parametrize("protocol", ["paillier", "secret-sharing"])
 @pytest.mark.parametrize("how", FAILING)
-def test_a_run_that_fails_says_why_and_leaves_no_net_no_thread_no_process(protocol, how, config, tmp_path, nothing_left):
+def test_a_run_that_fails_says_why_and_leaves_no_net_no_thread_no_process(
+    protocol, how, config, tmp_path, nothing_left
+):
     overrides, texts = FAILING[how]
     failed(config, {"transfer.protocol": protocol, **overrides}, tmp_path, *texts)
 
@@ -472,7 +478,7 @@ def test_a_process_that_is_killed(config, tmp_path, nothing_left):
         for pid in children() - before:
             os.kill(int(pid), signal.SIGKILL)
 
-    overrides = {"transfer.protocol": "paillier", "transfer.iterations": 9}
+    overrides = {"transfer.protocol": "paillier", "transfer.iterations": 200}
     failed(config, overrides, tmp_path, "a process that calculates ended", on_round=kill)
 
 
@@ -481,7 +487,7 @@ def test_an_interrupt(protocol, config, tmp_path, nothing_left):
     def interrupted(record):
         raise KeyboardInterrupt
 
-    overrides = {"transfer.protocol": protocol, "transfer.iterations": 50}
+    overrides = {"transfer.protocol": protocol, "transfer.iterations": 200}
     _, summary = failed(
         config, overrides, tmp_path, status="interrupted", error=KeyboardInterrupt, on_round=interrupted
     )

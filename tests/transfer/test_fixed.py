@@ -86,6 +86,10 @@ def test_coefficients_that_do_not_fit(value):
 
 
 def test_nothing_and_zeros():
+    for smallest in (5e-324, 1e-300, -1e-20):
+        found = encode_coefficients(np.array([[smallest, 0.0]]))
+        assert found.values.tolist() == [[0, 0]]
+        assert found.fraction == 52
     assert encode_secrets(np.zeros(0)).shape == (0,)
     found = encode_coefficients(np.zeros((2, 3)))
     assert (found.values == 0).all()

@@ -97,7 +97,8 @@ def test_slots_have_room_for_every_masked_sum_and_cells_for_every_column(
     terms: int, columns: list[int], bits: int
 ) -> None:
     common = math.lcm(*columns)
-    batch = Batch(tuple(Shape(common // one, 1, terms, one) for one in columns))
+    shapes = [Shape(common // one, 1, terms, one) for one in columns]
+    batch = Batch((Shape(terms * common // columns[0], 1, 1, columns[0]), *shapes))
     cells = offline.cells_of(batch, bits)
     most = terms * (2**64 - 1) ** 2
     assert most + 2**cells.mask_bits - 1 < 2**cells.slot

@@ -184,11 +184,11 @@ def by_hand(role, *, n, d, head, body, slots):
 
 @pytest.mark.parametrize(("bits", "slots"), [(1024, 15), (2048, 31), (3072, 47)])
 @pytest.mark.parametrize("role", ["a", "b"])
-@pytest.mark.parametrize(("n", "d"), [(200, 16), (12, 5), (40, 31), (40, 32), (1, 1), (7, 100)])
 @pytest.mark.parametrize(("head", "body"), [(16, 0), (33, 512), (0, 40), (1, 1)])
-def test_the_number_of_ciphertexts_is_that_of_the_formula(role, n, d, head, body, bits, slots):
-    plan = terms.plan(role, n, d, head, body)
-    assert ciphertexts_of(plan, bits) == by_hand(role, n=n, d=d, head=head, body=body, slots=slots)
+def test_the_number_of_ciphertexts_is_that_of_the_formula(role, head, body, bits, slots):
+    for n, d in ((200, 16), (12, 5), (40, 31), (40, 32), (1, 1), (7, 100)):
+        plan = terms.plan(role, n, d, head, body)
+        assert ciphertexts_of(plan, bits) == by_hand(role, n=n, d=d, head=head, body=body, slots=slots)
 
 
 @pytest.mark.parametrize(("kind", "hidden"), [("linear", 5), ("linear", 17), ("mlp", 5), ("head only", 16)])
@@ -209,13 +209,13 @@ def test_so_many_are_sent_and_counted_and_each_has_four_times_the_bits_of_a_byte
     for at, (role, other) in enumerate(["ab", "ba"]):
         counted = done.counted[at]["ciphertexts"]
         assert counted == {"secrets": secrets_of[role], "masked": masked_by[role]}
-        sent = {kind: sum(map(len, done.heard[at].of("sent", kind))) for kind in ("secrets", "masked", "opened")}
+        sent = {what: sum(map(len, done.heard[at].of("sent", what))) for what in ("secrets", "masked", "opened")}
         assert sent["secrets"] == size * secrets_of[role]
         assert sent["masked"] == size * masked_by[role]
         assert sent["opened"] == size // 2 * masked_by[other]
-        for kind in ("secrets", "masked", "opened"):  # with 24 bytes of a header each
-            messages = done.heard[at].of("sent", kind)
-            assert done.ends[2 + at][kind] == sum(map(len, messages)) + 24 * len(messages)
+        for what in ("secrets", "masked", "opened"):  # with 24 bytes of a header each
+            messages = done.heard[at].of("sent", what)
+            assert done.ends[2 + at][what] == sum(map(len, messages)) + 24 * len(messages)
 
 
 def test_the_headline_number_of_the_shipped_config():

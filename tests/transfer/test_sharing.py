@@ -58,7 +58,7 @@ def both_ways(own, other, draw, times=1):
     """A exchanges ``own`` for ``other`` with B."""
     ends = pair()
     given = {
-        role: [draw.normal(size=size) * 20 for size in wanted.sources] for role, wanted in (("a", other), ("b", own))
+        role: [draw.uniform(-60, 60, size) for size in wanted.sources] for role, wanted in (("a", other), ("b", own))
     }
     mine = {
         role: [draw.normal(size=product.shape[:3]) for product in wanted.products]
@@ -145,7 +145,7 @@ def _flat(shapes):
 
 
 def test_a_triple_is_a_product_and_each_party_has_its_own_halves():
-    """From the messages themselves: ``F_left + F_right = D E`` in Z_2^64, and neither party is sent the other's seed."""
+    """From the messages themselves: ``F_left + F_right = D E`` in Z_2^64, and nobody is sent the other's seed."""
     asked = {"own": [[[1, 2, 3, 2]]], "other": []}
     with Helper() as helper:
         helper.at_parties[0].send("factor", of_facts(asked))

@@ -82,9 +82,7 @@ def needles(one, spy, watched, iterations, agreed):
     """By name: what the other party must not see, as bytes of every encoding that the code has."""
     inputs, at = one.inputs.numpy(), 0 if one.role == "a" else 1
     before = [one.params, *[iteration[1 + at] for iteration in iterations]]
-    hidden = np.concatenate(
-        [rows(one.net, params, one.inputs, key=None).values.numpy().ravel() for params in before]
-    )
+    hidden = np.concatenate([rows(one.net, params, one.inputs, key=None).values.numpy().ravel() for params in before])
     phi = [] if one.labels is None else [(one.labels @ rows(one.net, params, one.inputs, key=None).values)
                                          / len(one.labels) for params in before]  # fmt: skip
     gradients = np.concatenate([tensor.numpy().ravel() for found in watched.gradients for tensor in found.values()])
