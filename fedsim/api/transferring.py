@@ -180,6 +180,7 @@ def _of_party(role: str, done: Outcome, sent: Mapping[str, int], counted: Multip
         f"sent_by_{role}": dict(sent),
         f"counted_by_{role}": counted.describe(),
     }
+    told[f"exposed_{role}"] = done.exposed
     if done.predicted is not None:
         told["predictions"] = len(done.predicted)
     return told

@@ -79,6 +79,19 @@ def _resumable(again: str) -> Iterator[list[Path]]:
         raise
 
 
+def _exposed(summary: dict[str, Any]) -> list[str]:
+    """Of a transfer: whose hidden values the other party could find out by what it learns."""
+    found = summary.get("transfer") or {}
+    if found.get("protocol") == "plain":
+        return []
+    return [
+        f"warning: party {other} learns as many numbers in an iteration as party {role} has hidden values, so it can "
+        "solve for them: take a narrower net, more common people or trains: head (docs/transfer.md)"
+        for role, other in (("a", "b"), ("b", "a"))
+        if found.get(f"exposed_{role}")
+    ]
+
+
 def _title(run: "Run") -> str:
     config = run.config
     data, model, transfer = config["data"], config["model"], config["transfer"]
@@ -94,7 +107,10 @@ def finish(console: Any, done: "Run") -> None:
     from fedsim.cli.display import result_table
 
     page = _report(done)
-    console.print(result_table(done.summary))
+    summary = done.summary
+    console.print(result_table(summary))
+    for line in _exposed(summary):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     for name, path in (("run", done.folder), ("report", page)):
         console.print(f"  {name:<8}  {path}", soft_wrap=True, highlight=False, markup=False)
 

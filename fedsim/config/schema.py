@@ -195,7 +195,6 @@ _UNUSED: tuple[
     ("train.clients_per_round", "all"),
     ("train.local_epochs", 1),
     ("strategy.name", "fedavg"),
-    ("train.batch_norm", "average"),
 )
 
 
@@ -212,6 +211,8 @@ def _transfer_problems(get: Callable[[str], Any]) -> list[str]:
         problems.append(f"transfer.labelled: must be <= transfer.overlap ({overlap}), got {labelled}")
     if get("transfer.alignment") == "inner-product" and get("transfer.l2") == 0 and get("transfer.gamma") != 0:
         problems.append("transfer.l2: must be > 0 with alignment: inner-product, which grows without limit, got 0")
+    if get("train.batch_norm") not in ("average", "freeze", None):
+        problems.append(f"train.batch_norm: must be average or freeze in a transfer, got {get('train.batch_norm')}")
     if get("engine.name") not in ("local", "flower", None):
         problems.append(f"engine.name: must be local or flower in a transfer, got {get('engine.name')}")
     for key, default in _UNUSED:

@@ -33,6 +33,9 @@ def transfer(summary: Mapping[str, Any]) -> Section:
     sent = {role: found.get(f"sent_by_{role}") for role in ("a", "b")}
     facts = [("protocol", str(found.get("protocol", ABSENT))), ("hidden values", number(found.get("hidden")))]
     facts += [("common people", number(found.get("overlap"))), ("predictions", number(found.get("predictions")))]
+    for role, other in (("a", "B"), ("b", "A")):
+        if found.get(f"exposed_{role}"):
+            facts.append((f"hidden values of party {role.upper()}", f"can be found out by party {other}"))
     for role in ("a", "b"):
         facts += _counted(role, found.get(f"counted_by_{role}") or {})
     if not any(sent.values()):

@@ -31,6 +31,7 @@ OnIteration = Callable[[int, Params, float | None], None]  # iteration, paramete
 class Outcome:
     """What a party has in the end.
 
+    exposed: whether the other party's gradients can determine this one's hidden values, see ``terms.determines``.
     losses: of each iteration, at A; [] at B. predicted: (asks,) of +1 and -1, at B; None at A.
     overlap: number of common rows that trained.
     """
@@ -39,6 +40,7 @@ class Outcome:
     losses: list[float]
     predicted: Tensor | None
     overlap: int
+    exposed: bool = False
 
 
 def take_part(
@@ -75,7 +77,8 @@ def _take_part(
             break
     predicted = predict(party, learner.params, data, channel, multiplication)
     multiplication.end(channel)
-    return Outcome(learner.params, losses, predicted, data.overlap)
+    exposed = agreed.protocol == "plain" or terms.determines(other, data.overlap, agreed.hidden)
+    return Outcome(learner.params, losses, predicted, data.overlap, exposed)
 
 
 # ---------------------------------------------------------------- before

@@ -18,8 +18,6 @@ from fedsim.transfer.ring import Ring
 from fedsim.transfer.terms import Plan, Role, Shape
 from fedsim.transfer.triples import Batch, Left, Right, left_shape, result_shape
 
-SEED_BYTES = 32
-
 
 class Triples(Protocol):
     """Where a party's halves of triples come from."""
@@ -157,7 +155,7 @@ class Helped:
     ) -> tuple[list[Left], list[Right]]:
         """See ``Triples``."""
         self._helper.send("factor", of_facts({"own": _shapes(own), "other": _shapes(other)}))
-        sizes = [SEED_BYTES for _ in own] + [SEED_BYTES + _result_bytes(batch) for batch in other]
+        sizes = [ring.SEED_BYTES for _ in own] + [ring.SEED_BYTES + _result_bytes(batch) for batch in other]
         payload = self._helper.receive("factor")
         if len(payload) != sum(sizes):
             raise TransferError(f"{self._helper.peer} sent {len(payload)} bytes where {sum(sizes)} were expected")
@@ -168,8 +166,8 @@ class Helped:
         lefts = [Left(batch, seed) for batch, seed in zip(own, parts, strict=False)]
         rights = []
         for batch, part in zip(other, parts[len(own) :], strict=True):
-            products = _read(part[SEED_BYTES:], [result_shape(shape) for shape in batch.shapes])
-            rights.append(Right(batch, part[:SEED_BYTES], tuple(products)))
+            products = _read(part[ring.SEED_BYTES :], [result_shape(shape) for shape in batch.shapes])
+            rights.append(Right(batch, part[: ring.SEED_BYTES], tuple(products)))
         return lefts, rights
 
     def end(self) -> None:

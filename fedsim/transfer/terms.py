@@ -104,6 +104,15 @@ def plan(role: Role, overlap: int, hidden: int, head: int, body: int) -> Plan:
     return Plan((hidden * wide,), tuple(Product(0, shape) for shape in shapes), head, body, False)
 
 
+def determines(plan: Plan, overlap: int, hidden: int) -> bool:
+    """Whether whoever has this plan learns at least as many numbers in an iteration as the other has hidden values.
+
+    Then least squares may find the hidden values of every common person, and with them labels: an exact gradient is as
+    many equations as it has entries. Nothing in the protocol prevents it; a narrower net or a larger overlap does.
+    """
+    return plan.head * hidden + plan.body >= overlap * hidden
+
+
 def _upper(size: int) -> int:
     return size * (size + 1) // 2
 

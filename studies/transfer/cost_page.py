@@ -11,9 +11,10 @@ HEAD = """## Costs
 One linear layer at either party, 15 columns each, half of the common people labelled, nobody to predict for. Seconds
 are the least of ten iterations of one run (median in brackets, and where the bars of the plot end), after a first one
 with the making of keys, of both parties together in one process on a machine with 2 cores. Runs were made one after
-the other; the machine's load when they began was {load} (`--costs` measures them anew). Triples are dealt by a helper
-in the same process, or made by the two parties by Paillier with keys of 2048 bits: offline. Online and offline are
-means over all iterations (offline with the making of keys). MB: both ways together.
+the other, but others worked on the machine: its load was {load} when runs began, and differences of a third
+or so between lines are noise (`--costs` measures anew). Triples are dealt by a helper in the same process, or made by
+the two parties by Paillier with keys of 2048 bits: offline. Online and offline are means over all iterations (offline
+with the making of keys). MB: both ways together.
 """
 COUNTS = """### Ciphertexts
 
@@ -151,4 +152,7 @@ def _same_bits(rows: Sequence[Row]) -> str:
         place.setdefault(row["protocol"], set()).add(row["nets"])
     both = [one for one in digests.values() if {"paillier", "secret-sharing"} <= one.keys()]
     equal = sum(one["paillier"] == one["secret-sharing"] for one in both)
-    return f"In {equal} of {len(both)} settings Paillier and secret sharing gave the same nets, bit for bit."
+    return (
+        f"In {equal} of {len(both)} settings Paillier and secret sharing, with whatever keys and triples, gave the "
+        "same nets, bit for bit."
+    )

@@ -9,7 +9,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 Row = dict[str, Any]
 Pick = Callable[[Row], bool]
@@ -74,6 +74,8 @@ def _costs(rows: Sequence[Row], file: Path) -> None:
                     [row[by] for row in here], ys, spread, marker=marker, markersize=3.5, capsize=2.5, label=kind
                 )
             axis.set(xlabel=f"{label} ({other}: {value})", ylabel=f"{unit}, of an iteration", yscale="log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if name == "bytes" else (1,)))
+            axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
             _ticked(axis, sorted({row[by] for row in linear if row[other] == value}))
     _save(figure, axes[0], file)

@@ -487,7 +487,7 @@ def test_an_interrupt(protocol, config, tmp_path, nothing_left):
     def interrupted(record):
         raise KeyboardInterrupt
 
-    overrides = {"transfer.protocol": protocol, "transfer.iterations": 200}
+    overrides = {"transfer.protocol": protocol, "transfer.iterations": 1_000_000}
     _, summary = failed(
         config, overrides, tmp_path, status="interrupted", error=KeyboardInterrupt, on_round=interrupted
     )

@@ -1,8 +1,8 @@
 """What each party sees: everything that it receives, or decrypts, and what can be found in it.
 
 Every search is shown to find what it looks for, in a transcript of the plain protocol, or of one whose masks are 0.
-False alarms: eight random bytes equal one of some thousand needles somewhere in some hundred kilobytes with
-probability below 1e-9; each chi-square test rejects a true uniform distribution once in a million.
+False alarms: eight random bytes equal one of ten thousand needles somewhere in three hundred kilobytes with probability
+2e-10; each of some forty chi-square tests rejects a true uniform distribution once in a hundred million times.
 """
 
 import os
@@ -23,7 +23,7 @@ from fedsim.transfer.nets import rows
 from fedsim.transfer.together import run_together
 
 ENCRYPTED = ("paillier", "secret-sharing")
-ALARM = 1e-6  # of a test of a distribution
+ALARM = 1e-8  # of a test of a distribution
 WORD = 8
 
 
@@ -144,8 +144,8 @@ def _holds(message, wanted):
     return any(message[at : at + WORD] in short for at in range(len(message) - WORD + 1))
 
 
-def leaking(protocol, kind="linear", iterations=2):
-    agreed = replace(AGREED, protocol=protocol, iterations=iterations)
+def leaking(protocol, kind="linear", iterations=2, triples="helper"):
+    agreed = replace(AGREED, protocol=protocol, iterations=iterations, triples=triples)
     watched = Watched(), Watched()
     a, b = (party(role, kind, optimizer=one.optimizer) for role, one in zip("ab", watched, strict=True))
     done, spies = spied(a, b, agreed)
@@ -161,6 +161,10 @@ def leaking(protocol, kind="linear", iterations=2):
 @pytest.mark.parametrize("protocol", ENCRYPTED)
 def test_no_message_holds_anything_of_the_other_party(protocol, kind):
     assert leaking(protocol, kind) == {}
+
+
+def test_nor_where_the_parties_make_their_triples():
+    assert leaking("secret-sharing", triples="paillier") == {}
 
 
 def test_the_same_search_finds_them_in_the_plain_protocol():
@@ -360,9 +364,11 @@ def other_data(role):
     return replace(one, inputs=one.inputs * 0.01, labels=labels, ids=ids)
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_which_messages_are_sent_and_how_long_they_are_depends_on_public_sizes_alone(protocol):
-    agreed = replace(AGREED, protocol=protocol, iterations=3)
+@pytest.mark.parametrize(
+    ("protocol", "triples"), [*((one, "helper") for one in PROTOCOLS), ("secret-sharing", "paillier")]
+)
+def test_which_messages_are_sent_and_how_long_they_are_depends_on_public_sizes_alone(protocol, triples):
+    agreed = replace(AGREED, protocol=protocol, iterations=3, triples=triples)
     one = transfer(party("a", "mlp"), party("b", "mlp"), agreed)
     two = transfer(other_data("a"), other_data("b"), agreed)
     for first, second in zip(one.heard, two.heard, strict=True):
