@@ -9,12 +9,12 @@ HEAD = """## Costs
 ![Seconds and bytes of an iteration](transfer-costs.svg)
 
 One linear layer at either party, 15 columns each, half of the common people labelled, nobody to predict for. Seconds
-are the least of ten iterations of one run (median in brackets, and where the bars of the plot end), after a first one
-with the making of keys, of both parties together in one process on a machine with 2 cores. Runs were made one after
-the other, but others worked on the machine: its load was {load} when runs began, and differences of a third
-or so between lines are noise (`--costs` measures anew). Triples are dealt by a helper in the same process, or made by
-the two parties by Paillier with keys of 2048 bits: offline. Online and offline are means over all iterations (offline
-with the making of keys). MB: both ways together.
+are the median of ten iterations, after a first one with the making of keys, of both parties together in one process on
+a machine with 2 cores. Runs were made one after the other, {times} of each, whose least numbers these are; others
+worked on the machine (its load was {load} when runs began), and the same run took up to
+twice as long at one time as at another. Triples are dealt by a helper in the same process, or made by
+the two parties by Paillier with keys of 2048 bits: offline. Online and offline are means over the iterations of a run
+(offline with the making of keys). MB: both ways together.
 """
 COUNTS = """### Ciphertexts
 
@@ -28,9 +28,10 @@ second one is absent where all of a net is trained (`trains: all`): there number
 
 def told(rows: Sequence[Row]) -> str:
     """Tables of seconds, bytes and ciphertexts, and the claims about them."""
-    loads = [row["load"] for row in rows]
+    loads = [load for row in rows for load in row["load"]]
+    facts = {"load": f"{min(loads):.1f} to {max(loads):.1f}", "times": min(len(row["load"]) for row in rows)}
     encrypted = [row for row in rows if row["protocol"] == "paillier"]
-    parts = [HEAD.format(load=f"{min(loads):.1f} to {max(loads):.1f}"), _table(rows), _claims(rows), COUNTS]
+    parts = [HEAD.format(**facts), _table(rows), _claims(rows), COUNTS]
     return "\n".join([*parts, _fixed(encrypted), _counts(encrypted)])
 
 
@@ -48,11 +49,19 @@ def _table(rows: Sequence[Row]) -> str:
     titles = ("protocol", "net", "overlap", "hidden", "seconds", "online", "offline", "MB", "first iteration, s")
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for row in rows:
-        seconds = f"{_short(row['seconds'])} ({_short(row['median'])})"
         parts = [_short(row[part]) if part in row else "" for part in ("online", "offline")]
         parts[1] += f", {row['beforehand'] / 1e6:.3f} MB" if row["triples"] == "paillier" else ""
         megabytes = f"{(row['up'] + row['down']) / 1e6:.3f}"
-        cells = [_name(row), _net(row), row["overlap"], row["hidden"], seconds, *parts, megabytes, _short(row["first"])]
+        cells = [
+            _name(row),
+            _net(row),
+            row["overlap"],
+            row["hidden"],
+            _short(row["seconds"]),
+            *parts,
+            megabytes,
+            _short(row["first"]),
+        ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, ""])
 

@@ -68,11 +68,7 @@ def _costs(rows: Sequence[Row], file: Path) -> None:
             for (kind, is_kind), marker in zip(kinds.items(), MARKERS, strict=False):
                 here = sorted((row for row in linear if is_kind(row) and row[other] == value), key=lambda row: row[by])
                 ys = [row["seconds"] if name == "seconds" else (row["up"] + row["down"]) / 1e3 for row in here]
-                above = [row["median"] - row["seconds"] if name == "seconds" else 0.0 for row in here]
-                spread = [[0.0] * len(ys), above]  # from the least to the median
-                axis.errorbar(
-                    [row[by] for row in here], ys, spread, marker=marker, markersize=3.5, capsize=2.5, label=kind
-                )
+                axis.plot([row[by] for row in here], ys, marker=marker, markersize=3.5, label=kind)
             axis.set(xlabel=f"{label} ({other}: {value})", ylabel=f"{unit}, of an iteration", yscale="log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if name == "bytes" else (1,)))
             axis.yaxis.set_major_formatter("{x:g}")

@@ -161,6 +161,17 @@ def test_costs_are_held_against_what_was_asked_of_them():
     assert _same_bits(rows).startswith("In 1 of 2 settings")
 
 
+def test_of_two_measurements_the_faster_numbers_stay():
+    from costs import faster
+
+    one = cost("secret-sharing", 50, 3.0, online=0.1, load=[1.0])
+    two = cost("secret-sharing", 50, 2.0, online=0.2, load=[7.0])
+    expected = {"seconds": 2.0, "online": 0.1, "load": [1.0, 7.0]}
+    assert faster(one, two) == {**one, **expected}
+    with pytest.raises(ValueError, match="otherwise"):
+        faster(one, {**two, "nets": "y"})
+
+
 def test_a_wrong_count_of_ciphertexts_stops_the_study():
     from costs import Cell, _counted
 
