@@ -1,11 +1,14 @@
 """When a difference between runs of the same seeds counts as shown; for all studies."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
+from typing import Any
 
 from scipy import stats
 
+Row = dict[str, Any]  # a result of a study
+Pick = Callable[[Row], bool]
 LEVEL = 0.95  # of the one-sided t-test over seeds, each way
 
 
@@ -23,3 +26,8 @@ def verdict(differences: Sequence[float]) -> str:
     t = mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
     limit = float(stats.t.ppf(LEVEL, n - 1))
     return "holds" if t > limit else "does not hold here" if t < -limit else "not distinguishable"
+
+
+def rows_of(arm: str, **keys: Any) -> Pick:
+    """Whether a row is of this arm, and has these values."""
+    return lambda row: row["arm"] == arm and all(row.get(key) == value for key, value in keys.items())

@@ -16,6 +16,7 @@ from fedsim.config.foreign import importable
 from fedsim.config.schema import Config
 from fedsim.deploy import joined, members, server
 from fedsim.deploy.client import run_client
+from fedsim.deploy.party_certificates import ROLES
 from fedsim.deploy.refusals import Say
 from fedsim.deploy.superlink import superlink
 from fedsim.errors import ConfigError, RunError
@@ -28,7 +29,6 @@ from fedsim.transfer.relayed import PASS, Mailbox, party_app, relay
 from fedsim.transfer.sharing import help_both
 from fedsim.transfer.terms import Role
 
-ROLES = ("a", "b", "helper")  # by number of the client
 STOCK = "--stock: a party of a transfer lives through many messages, which Flower's supported interfaces do not offer"
 
 
@@ -40,7 +40,7 @@ def asked(config: Path, overrides: Mapping[str, Any]) -> Config | None:
 
 
 def roles_of(config: Config) -> tuple[str, ...]:
-    """Who takes part: a helper only where one deals triples."""
+    """Who takes part, by number of the client: a helper only where one deals triples."""
     assert config.transfer is not None
     helped = config.transfer.protocol == "secret-sharing" and config.transfer.triples == "helper"
     return ROLES if helped else ROLES[:2]

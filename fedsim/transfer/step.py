@@ -1,6 +1,5 @@
 """One iteration at one party: its forward pass, and its gradient once the other party's share of it is there."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -132,6 +131,3 @@ def finite(gradient: Params) -> Params:
         if not bool(torch.isfinite(tensor).all()):
             raise TransferError(f"training diverged: the gradient of {name} is not finite; lower train.optimizer.lr")
     return gradient
-
-
-Stepping = Callable[[Params, Params, int], Params]  # (parameters, gradient, iteration) -> parameters

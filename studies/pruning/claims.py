@@ -2,17 +2,14 @@
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from verdicts import verdict
-
-Row = dict[str, Any]
-Pick = Callable[[Row], bool]
+from verdicts import Pick, Row, rows_of, verdict
 
 
 class Claim(NamedTuple):
@@ -44,11 +41,7 @@ class Finding(NamedTuple):
         return verdict(self.differences)
 
 
-def _arm(arm: str, **keys: Any) -> Pick:
-    return lambda row: row["arm"] == arm and all(row.get(key) == value for key, value in keys.items())
-
-
-TICKET, REINIT, MASK = (lambda level, arm=arm: _arm(arm, level=level) for arm in ("ticket", "reinit", "random-mask"))
+TICKET, REINIT, MASK = (lambda level, arm=arm: rows_of(arm, level=level) for arm in ("ticket", "reinit", "random-mask"))
 RETHINKING = "Liu 2019"
 CLAIMS = (
     Claim(
@@ -63,46 +56,64 @@ CLAIMS = (
     Claim("tickets, 9 levels (13 %): above newly drawn weights", "Frankle 2019", "tickets", TICKET(9), REINIT(9)),
     Claim("tickets, 9 levels (13 %): above random masks", "Frankle 2019", "tickets", TICKET(9), MASK(9)),
     Claim("newly drawn weights above random masks, 9 levels", "Frankle 2019, app. E", "tickets", REINIT(9), MASK(9)),
-    Claim("seven levels above one shot of as much (21 %)", "Frankle 2019", "tickets", TICKET(7), _arm("one-shot")),
+    Claim("seven levels above one shot of as much (21 %)", "Frankle 2019", "tickets", TICKET(7), rows_of("one-shot")),
     Claim(
         "Scratch-B: not below fine-tuning by more than 0.3",
         RETHINKING,
         "arms",
-        _arm("scratch-b"),
-        _arm("fine-tune"),
+        rows_of("scratch-b"),
+        rows_of("fine-tune"),
         0.3,
     ),
     Claim(
-        "Scratch-E: not below fine-tuning by more than 1", RETHINKING, "arms", _arm("scratch-e"), _arm("fine-tune"), 1.0
+        "Scratch-E: not below fine-tuning by more than 1",
+        RETHINKING,
+        "arms",
+        rows_of("scratch-e"),
+        rows_of("fine-tune"),
+        1.0,
     ),
     Claim(
-        "Scratch-B: not below Scratch-E by more than 0.2", RETHINKING, "arms", _arm("scratch-b"), _arm("scratch-e"), 0.2
+        "Scratch-B: not below Scratch-E by more than 0.2",
+        RETHINKING,
+        "arms",
+        rows_of("scratch-b"),
+        rows_of("scratch-e"),
+        0.2,
     ),
     Claim(
         "95 % of single weights gone: fine-tuned above Scratch-E",
         RETHINKING,
         "arms",
-        _arm("magnitude 95%, fine-tune"),
-        _arm("magnitude 95%, scratch-e"),
+        rows_of("magnitude 95%, fine-tune"),
+        rows_of("magnitude 95%, scratch-e"),
     ),
     Claim(
         "half of the single weights gone: Scratch-E not below fine-tuning by more than 0.5",
         RETHINKING,
         "arms",
-        _arm("magnitude 50%, scratch-e"),
-        _arm("magnitude 50%, fine-tune"),
+        rows_of("magnitude 50%, scratch-e"),
+        rows_of("magnitude 50%, fine-tune"),
         0.5,
     ),
-    Claim("L1 norms: fine-tuned above filters removed at random", "Li 2017", "arms", _arm("fine-tune"), _arm("random")),
-    Claim("ThiNet: fine-tuned above L1 norms", "Luo 2017", "arms", _arm("thinet"), _arm("fine-tune")),
-    Claim("reconstruction: fine-tuned above L1 norms", "He 2017", "arms", _arm("reconstruction"), _arm("fine-tune")),
+    Claim(
+        "L1 norms: fine-tuned above filters removed at random",
+        "Li 2017",
+        "arms",
+        rows_of("fine-tune"),
+        rows_of("random"),
+    ),
+    Claim("ThiNet: fine-tuned above L1 norms", "Luo 2017", "arms", rows_of("thinet"), rows_of("fine-tune")),
+    Claim(
+        "reconstruction: fine-tuned above L1 norms", "He 2017", "arms", rows_of("reconstruction"), rows_of("fine-tune")
+    ),
     *(
         Claim(
             f"targeted dropout, {share:.0%} pruned: above {told}",
             "Gomez 2019",
             "targeted",
-            _arm(arm, sparsity=share),
-            _arm(other, sparsity=share),
+            rows_of(arm, sparsity=share),
+            rows_of(other, sparsity=share),
         )
         for share in (0.5, 0.75, 0.9)
         for arm, other, told in (("targeted", "plain", "plain"), ("targeted", "dropconnect", "untargeted dropconnect"))
@@ -111,39 +122,39 @@ CLAIMS = (
         "targeted dropout: costs no more than 1 unpruned",
         "Gomez 2019",
         "targeted",
-        _arm("targeted", sparsity=0.0),
-        _arm("plain", sparsity=0.0),
+        rows_of("targeted", sparsity=0.0),
+        rows_of("plain", sparsity=0.0),
         1.0,
     ),
     Claim(
         "targeted dropout: 75 % pruned costs no more than 0.5",
         "Gomez 2019",
         "targeted",
-        _arm("targeted", sparsity=0.75),
-        _arm("targeted", sparsity=0.0),
+        rows_of("targeted", sparsity=0.75),
+        rows_of("targeted", sparsity=0.0),
         0.5,
     ),
     Claim(
         "targeted dropout, 90 % pruned: ramped above constant",
         "Gomez 2019",
         "targeted",
-        _arm("targeted, ramped", sparsity=0.9),
-        _arm("targeted", sparsity=0.9),
+        rows_of("targeted, ramped", sparsity=0.9),
+        rows_of("targeted", sparsity=0.9),
     ),
     Claim(
         "FBS at density 0.5: within 1.5 of density 1",
         "Gao 2019",
         "gates",
-        _arm("fbs", density=0.5),
-        _arm("fbs", density=1.0),
+        rows_of("fbs", density=0.5),
+        rows_of("fbs", density=1.0),
         1.5,
     ),
     Claim(
         "FBS at density 1: within 0.5 of the plain net",
         "Gao 2019",
         "gates",
-        _arm("fbs", density=1.0),
-        _arm("l1-filter", density=1.0),
+        rows_of("fbs", density=1.0),
+        rows_of("l1-filter", density=1.0),
         0.5,
     ),
     *(
@@ -151,8 +162,8 @@ CLAIMS = (
             f"FBS above static pruning of that width, density {density}",
             "Gao 2019",
             "gates",
-            _arm("fbs", density=density),
-            _arm("l1-filter", density=density),
+            rows_of("fbs", density=density),
+            rows_of("l1-filter", density=density),
         )
         for density in (0.5, 0.3)
     ),

@@ -1,17 +1,14 @@
 """Claims as differences of accuracy between runs of one seed: positive where it is as claimed."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from verdicts import verdict
-
-Row = dict[str, Any]
-Pick = Callable[[Row], bool]
+from verdicts import Pick, Row, rows_of, verdict
 
 
 class Claim(NamedTuple):
@@ -43,18 +40,14 @@ class Finding(NamedTuple):
         return verdict(self.differences)
 
 
-def _arm(arm: str, **keys: Any) -> Pick:
-    return lambda row: row["arm"] == arm and all(row.get(key) == value for key, value in keys.items())
-
-
 _FEW, _ALL = "20 labelled", "all labelled"
 CLAIMS = (
     *(
         Claim(
             f"200 common people above 20 by 2 or more, {arm}",
             "overlap",
-            _arm(arm, overlap=200),
-            _arm(arm, overlap=20),
+            rows_of(arm, overlap=200),
+            rows_of(arm, overlap=20),
             -2.0,
         )
         for arm in (_FEW, _ALL)
@@ -63,37 +56,41 @@ CLAIMS = (
         Claim(
             f"{more} common people not below {fewer} by more than 1, all labelled",
             "overlap",
-            _arm(_ALL, overlap=more),
-            _arm(_ALL, overlap=fewer),
+            rows_of(_ALL, overlap=more),
+            rows_of(_ALL, overlap=fewer),
             1.0,
         )
         for fewer, more in ((20, 50), (50, 100), (100, 200))
     ),
-    Claim("100 labels above 10", "labelled", _arm("transfer", labelled=100), _arm("transfer", labelled=10)),
+    Claim("100 labels above 10", "labelled", rows_of("transfer", labelled=100), rows_of("transfer", labelled=10)),
     *(
-        Claim(f"{n} labels: transfer above {told}", "labelled", _arm("transfer", labelled=n), _arm(arm, labelled=n))
+        Claim(
+            f"{n} labels: transfer above {told}", "labelled", rows_of("transfer", labelled=n), rows_of(arm, labelled=n)
+        )
         for arm, told in (("B alone", "B alone, a regression"), ("B alone, a net", "B alone, a net"))
         for n in (10, 20, 50, 100)
     ),
-    Claim("Taylor loss within 2 of the exact one, seed by seed", "loss", _arm("taylor"), _arm("exact"), 2.0, True),
+    Claim(
+        "Taylor loss within 2 of the exact one, seed by seed", "loss", rows_of("taylor"), rows_of("exact"), 2.0, True
+    ),
     Claim(
         "secret sharing within 1 of plain, seed by seed",
         "same",
-        _arm("adam, secret-sharing"),
-        _arm("adam, plain"),
+        rows_of("adam, secret-sharing"),
+        rows_of("adam, plain"),
         1.0,
         True,
     ),
     *(
-        Claim(f"{arm}: not below the plain net by more than 1", "nets", _arm(arm), _arm("plain"), 1.0)
+        Claim(f"{arm}: not below the plain net by more than 1", "nets", rows_of(arm), rows_of("plain"), 1.0)
         for arm in ("magnitude 50 %", "magnitude 80 %", "dropout 0.5")
     ),
     *(
         Claim(
             f"net of a federation above a new one, trains: {trains}",
             "start",
-            _arm("source run", trains=trains),
-            _arm("new", trains=trains),
+            rows_of("source run", trains=trains),
+            rows_of("new", trains=trains),
         )
         for trains in ("all", "head")
     ),

@@ -182,10 +182,11 @@ def unscaled(depth):
 
 
 def he(depth):
-    model = dense(depth)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+    with rng.torch_seeded(1):
+        model = dense(depth)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
     return model
 
 
@@ -197,7 +198,7 @@ def test_losses_do_not_depend_on_the_depth():
     without = torch.stack([six_losses(unscaled(depth)) for depth in (10, 100)])
     assert (without.amax(0) - without.amin(0)).max() > 5e-2
     assert six_losses(unscaled(1000)).max() > 10  # 40 in its fifth step; other data make it NaN
-    assert six_losses(he(10))[0] > 50
+    assert six_losses(he(10))[0] > 100
     assert not bool(torch.isfinite(six_losses(he(1000))).any())
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from at_study import at_study
 
 from fedsim.config import load
 
@@ -16,13 +17,8 @@ NAMES = ("claims", "cost_page", "costs", "experiments", "page", "plots", "small_
 
 @pytest.fixture(scope="module", autouse=True)
 def at_the_study():
-    others = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}  # of another study
-    sys.path.insert(0, str(STUDY))
-    yield
-    sys.path.remove(str(STUDY))
-    for name in NAMES:
-        sys.modules.pop(name, None)
-    sys.modules.update(others)
+    with at_study("transfer", NAMES):
+        yield
 
 
 @pytest.fixture(scope="module")
